@@ -1,0 +1,232 @@
+// The only file that sees torch headers, and of those only the LibTorch Stable ABI: one binary serves every
+// torch >= 2.10. Turns tensors into strided views, allocates results and hands over PyTorch's thread pool.
+// Schemas, shape inference and autograd are written in Python, where the same ops also exist without this
+// library.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "diffcam/cam.h"
+#include "diffcam/cpu_capability.h"
+#include "diffcam/logit_difference.h"
+#include "diffcam/names.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+diffcam::ScalarType scalar_type(const Tensor& tensor, const char* name) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return diffcam::ScalarType::float32;
+        case ScalarType::Double:
+            return diffcam::ScalarType::float64;
+        case ScalarType::BFloat16:
+            return diffcam::ScalarType::bfloat16;
+        case ScalarType::Half:
+            return diffcam::ScalarType::float16;
+        default:
+            STD_TORCH_CHECK(false, name, ": expected float32, float64, bfloat16 or float16");
+    }
+    return diffcam::ScalarType::float32;
+}
+
+ScalarType accumulation_type(diffcam::ScalarType type) {
+    return type == diffcam::ScalarType::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like) {
+    return torch::stable::empty(sizes, type, std::nullopt, like.device());
+}
+
+diffcam::Parallel torch_threads() {
+    auto run = [](const diffcam::Parallel&, int64_t count, void (*body)(void*, int64_t, int64_t),
+                  void* context) {
+        torch::stable::parallel_for(0, count, 1,
+                                    [=](int64_t begin, int64_t end) { body(context, begin, end); });
+    };
+    return {static_cast<int>(torch::stable::get_num_threads()), run};
+}
+
+// Strides of the last dimensions, right-aligned: networks with fewer than three spatial dimensions have
+// leading ones.
+template <typename AnyView>
+void set_spatial_strides(AnyView& view, const Tensor& tensor, int64_t first) {
+    const int64_t rank = tensor.dim() - first;
+    for (int64_t i = 0; i < diffcam::kSpatialRank; ++i) {
+        const int64_t dimension = i - (diffcam::kSpatialRank - rank);
+        view.spatial_stride[i] = dimension < 0 ? 0 : tensor.stride(first + dimension);
+    }
+}
+
+diffcam::ConstView activations_view(const Tensor& activations) {
+    diffcam::ConstView view{
+        activations.const_data_ptr(), activations.stride(0), 0, activations.stride(1), {}};
+    set_spatial_strides(view, activations, 2);
+    return view;
+}
+
+diffcam::ConstView gradients_view(const Tensor& gradients) {
+    diffcam::ConstView view{
+        gradients.const_data_ptr(), gradients.stride(0), gradients.stride(1), gradients.stride(2), {}};
+    set_spatial_strides(view, gradients, 3);
+    return view;
+}
+
+diffcam::CamShape cam_shape(const Tensor& activations, const Tensor& gradients) {
+    const int64_t rank = activations.dim() - 2;
+    STD_TORCH_CHECK(rank >= 1 && rank <= diffcam::kSpatialRank,
+                    "activations: expected (N, C, *S) with 1 to 3 spatial dimensions; got ",
+                    activations.dim(), " dimensions");
+    const bool constant = gradients.dim() == 3;
+    STD_TORCH_CHECK(constant || gradients.dim() == 3 + rank,
+                    "gradients: expected (N, T, C, *S) or (N, T, C); got ", gradients.dim(), " dimensions");
+    STD_TORCH_CHECK(activations.is_cpu() && gradients.is_cpu(), "expected CPU tensors");
+    STD_TORCH_CHECK(activations.scalar_type() == gradients.scalar_type(),
+                    "gradients: expected the dtype of activations");
+    STD_TORCH_CHECK(gradients.size(0) == activations.size(0) && gradients.size(2) == activations.size(1),
+                    "gradients: images or channels differ from those of activations");
+    diffcam::CamShape shape{activations.size(0),
+                            gradients.size(1),
+                            activations.size(1),
+                            {{1, 1, 1}},
+                            scalar_type(activations, "activations"),
+                            constant};
+    for (int64_t i = 0; i < rank; ++i) {
+        const int64_t size = activations.size(2 + i);
+        STD_TORCH_CHECK(constant || gradients.size(3 + i) == size,
+                        "gradients: positions differ from those of activations");
+        shape.extent.size[diffcam::kSpatialRank - rank + i] = size;
+    }
+    return shape;
+}
+
+std::vector<int64_t> map_sizes(const Tensor& activations, const Tensor& gradients) {
+    std::vector<int64_t> sizes{gradients.size(0), gradients.size(1)};
+    for (int64_t i = 2; i < activations.dim(); ++i) sizes.push_back(activations.size(i));
+    return sizes;
+}
+
+Tensor cam(const Tensor& activations, const Tensor& gradients, std::string method, bool relu,
+           std::string normalize, double eps) {
+    const diffcam::CamShape shape = cam_shape(activations, gradients);
+    diffcam::CamMethod parsed_method;
+    diffcam::Normalization parsed_normalize;
+    STD_TORCH_CHECK(diffcam::parse_method(method.c_str(), &parsed_method), "method: unknown name ", method);
+    STD_TORCH_CHECK(diffcam::parse_normalization(normalize.c_str(), &parsed_normalize),
+                    "normalize: unknown name ", normalize);
+    Tensor maps = empty(map_sizes(activations, gradients), accumulation_type(shape.type), activations);
+    diffcam::cam_cpu(shape, activations_view(activations), gradients_view(gradients), parsed_method, relu,
+                     parsed_normalize, eps, maps.mutable_data_ptr(), torch_threads());
+    return maps;
+}
+
+std::tuple<Tensor, Tensor> cam_backward(const Tensor& grad_raw, const Tensor& activations,
+                                        const Tensor& gradients, std::string method, bool for_activations,
+                                        bool for_gradients) {
+    const diffcam::CamShape shape = cam_shape(activations, gradients);
+    diffcam::CamMethod parsed_method;
+    STD_TORCH_CHECK(diffcam::parse_method(method.c_str(), &parsed_method), "method: unknown name ", method);
+    STD_TORCH_CHECK(grad_raw.is_cpu() && grad_raw.scalar_type() == accumulation_type(shape.type),
+                    "grad_raw: expected a CPU tensor of the maps' dtype");
+    const std::vector<int64_t> sizes = map_sizes(activations, gradients);
+    bool matches = grad_raw.dim() == static_cast<int64_t>(sizes.size());
+    for (int64_t i = 0; matches && i < grad_raw.dim(); ++i) matches = grad_raw.size(i) == sizes[i];
+    STD_TORCH_CHECK(matches, "grad_raw: expected the shape of the maps");
+    const Tensor grad = torch::stable::contiguous(grad_raw);
+    Tensor grad_activations = for_activations ? torch::stable::empty_like(activations)
+                                              : empty({0}, activations.scalar_type(), activations);
+    Tensor grad_gradients =
+        for_gradients ? torch::stable::empty_like(gradients) : empty({0}, gradients.scalar_type(), gradients);
+    diffcam::View activations_out{};
+    if (for_activations) {
+        activations_out = {grad_activations.mutable_data_ptr(),
+                           grad_activations.stride(0),
+                           0,
+                           grad_activations.stride(1),
+                           {}};
+        set_spatial_strides(activations_out, grad_activations, 2);
+    }
+    diffcam::View gradients_out{};
+    if (for_gradients) {
+        gradients_out = {grad_gradients.mutable_data_ptr(),
+                         grad_gradients.stride(0),
+                         grad_gradients.stride(1),
+                         grad_gradients.stride(2),
+                         {}};
+        set_spatial_strides(gradients_out, grad_gradients, 3);
+    }
+    diffcam::cam_backward_cpu(shape, grad.const_data_ptr(), activations_view(activations),
+                              gradients_view(gradients), parsed_method, activations_out, gradients_out,
+                              torch_threads());
+    return {grad_activations, grad_gradients};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits, const Tensor& classes,
+                                                            std::string baseline, int64_t top_k,
+                                                            double temperature, double alpha,
+                                                            std::vector<int64_t> ranks) {
+    STD_TORCH_CHECK(logits.is_cpu() && classes.is_cpu(), "expected CPU tensors");
+    STD_TORCH_CHECK(logits.dim() == 2 && classes.dim() == 2 && classes.size(0) == logits.size(0),
+                    "expected logits (N, K) and classes (N, T)");
+    STD_TORCH_CHECK(classes.scalar_type() == ScalarType::Long, "classes: expected int64");
+    const diffcam::LogitDifferenceShape shape{logits.size(0), classes.size(1), logits.size(1),
+                                              scalar_type(logits, "logits")};
+    diffcam::LogitDifferenceOptions options{{},    top_k,        temperature,
+                                            alpha, ranks.data(), static_cast<int64_t>(ranks.size())};
+    STD_TORCH_CHECK(diffcam::parse_baseline(baseline.c_str(), &options.baseline), "baseline: unknown name ",
+                    baseline);
+    STD_TORCH_CHECK(shape.classes >= 2, "logits: expected at least two classes");
+    STD_TORCH_CHECK(top_k >= 0 && top_k < shape.classes, "top_k: expected 0 to ", shape.classes - 1);
+    for (const int64_t rank : ranks) {
+        STD_TORCH_CHECK(rank >= 1 && rank < shape.classes, "ranks: expected 1 to ", shape.classes - 1);
+    }
+    const Tensor chosen = torch::stable::contiguous(classes);
+    const int64_t* chosen_classes = static_cast<const int64_t*>(chosen.const_data_ptr());
+    for (int64_t i = 0; i < shape.images * shape.targets; ++i) {
+        STD_TORCH_CHECK(chosen_classes[i] >= 0 && chosen_classes[i] < shape.classes,
+                        "classes: expected 0 to ", shape.classes - 1, "; got ", chosen_classes[i]);
+    }
+    const bool finer = options.baseline == diffcam::Baseline::finer;
+    STD_TORCH_CHECK(finer == (options.rank_count > 0), "ranks: expected some for finer, and none otherwise");
+    const int64_t rivals = finer ? options.rank_count : top_k;
+    const ScalarType type = accumulation_type(shape.type);
+    Tensor delta = empty({shape.images, shape.targets}, type, logits);
+    Tensor cotangent = empty({shape.images, shape.targets, shape.classes}, type, logits);
+    Tensor rival_classes = empty({shape.images, shape.targets, rivals}, ScalarType::Long, logits);
+    Tensor differences = empty({shape.images, shape.targets, rivals}, type, logits);
+    diffcam::logit_difference_cpu(
+        shape, logits.const_data_ptr(), logits.stride(0), logits.stride(1), chosen_classes, options,
+        {delta.mutable_data_ptr(), cotangent.mutable_data_ptr(),
+         static_cast<int64_t*>(rival_classes.mutable_data_ptr()), differences.mutable_data_ptr()},
+        torch_threads());
+    return {delta, cotangent, rival_classes, differences};
+}
+
+// Asks for a variant, or for none with an empty name, and says which one is in use.
+std::string cpu_capability(std::string request) {
+    diffcam::CpuCapability wanted;
+    if (diffcam::parse_cpu_capability(request.c_str(), &wanted)) diffcam::set_cpu_capability(wanted);
+    return diffcam::cpu_capability_name(diffcam::cpu_capability());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CPU, library) {
+    library.impl("cam", TORCH_BOX(&cam));
+    library.impl("cam_backward", TORCH_BOX(&cam_backward));
+    library.impl("logit_difference", TORCH_BOX(&logit_difference));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CompositeExplicitAutograd, library) {
+    library.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}

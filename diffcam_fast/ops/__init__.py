@@ -1,0 +1,6 @@
+"""The ops: one file each, with schema, shape inference, autograd and the documented Python function."""
+
+from diffcam_fast.ops.cam import cam
+from diffcam_fast.ops.logit_difference import LogitDifferenceResult, logit_difference
+
+__all__ = ["LogitDifferenceResult", "cam", "logit_difference"]

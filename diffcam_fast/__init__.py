@@ -1,0 +1,41 @@
+"""Contrastive class activation maps at full speed.
+
+See the README for a tour, `Explainer` for maps of a model, `cam` and `logit_difference` for the ops beneath it.
+"""
+
+from diffcam_fast import backends, numpy
+from diffcam_fast.explain import (
+    DiffGradCAM,
+    DiffGradCAMPlusPlus,
+    Explainer,
+    Explanation,
+    Finer,
+    Logit,
+    LogitDifference,
+    LogProbability,
+    Probability,
+    tokens_to_positions,
+)
+from diffcam_fast.ops import LogitDifferenceResult, cam, logit_difference
+
+__all__ = [
+    "Explainer",
+    "Explanation",
+    "DiffGradCAM",
+    "DiffGradCAMPlusPlus",
+    "LogitDifference",
+    "Finer",
+    "Logit",
+    "Probability",
+    "LogProbability",
+    "tokens_to_positions",
+    "cam",
+    "logit_difference",
+    "LogitDifferenceResult",
+    "backends",
+    "numpy",
+]
+
+__version__ = "0.1.0"
+
+backends.force_from_environment()

@@ -1,0 +1,110 @@
+"""What is made of layer maps when asked: resizing, fusing, overlays, arrays."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from diffcam_fast import viz
+from diffcam_fast.explain import Explainer, Explanation, explanation
+from tests.explain.networks import Branches, Signal, make
+
+
+def _explanation(*layers: Tensor, size: tuple[int, ...] | None = None, normalize: str | None = "minmax") -> Explanation:
+    count, targets = layers[0].shape[:2]
+    return Explanation(
+        {str(index): maps for index, maps in enumerate(layers)},
+        torch.zeros(count, 5),
+        torch.zeros(count, targets, dtype=torch.int64),
+        None,
+        torch.zeros(count, targets),
+        size=size,
+        normalize=normalize,
+    )
+
+
+def _normalized(maps: Tensor) -> Tensor:
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    return (maps - low) / (high - low + 1e-7)
+
+
+def test_maps_of_the_right_size_are_handed_out_as_they_are() -> None:
+    maps = torch.rand(2, 3, 4, 5)
+    assert _explanation(maps).maps is maps
+    assert _explanation(maps, size=(4, 5)).maps is maps
+
+
+def test_resized_maps_span_their_range_again() -> None:
+    maps = torch.rand(2, 3, 4, 5)
+    expected = _normalized(functional.interpolate(maps, (9, 8), mode="bilinear", align_corners=False))
+    found = _explanation(maps, size=(9, 8))
+    torch.testing.assert_close(found.maps, expected)
+    torch.testing.assert_close(found.resized([9, 8]), expected)
+    assert found.resized((4, 5)) is maps
+
+
+def test_raw_maps_are_only_resized() -> None:
+    maps = torch.randn(2, 3, 4, 5)
+    expected = functional.interpolate(maps, (9, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(_explanation(maps, size=(9, 8), normalize=None).maps, expected)
+
+
+def test_several_layers_are_averaged_at_the_largest_size() -> None:
+    large, small = torch.rand(2, 3, 6, 5), torch.rand(2, 3, 2, 3)
+    enlarged = _normalized(functional.interpolate(small, (6, 5), mode="bilinear", align_corners=False))
+    torch.testing.assert_close(_explanation(small, large).maps, _normalized((large + enlarged) / 2))
+
+
+@pytest.mark.parametrize("size", [(7,), (5, 6), (4, 5, 6)])
+def test_any_number_of_dimensions(size: tuple[int, ...]) -> None:
+    maps = torch.rand(2, 3, *(2 for _ in size))
+    assert _explanation(maps, size=size).maps.shape == (2, 3, *size)
+
+
+def test_constant_maps_become_zeros() -> None:
+    assert torch.equal(_explanation(torch.ones(1, 1, 2, 2), size=(4, 4)).maps, torch.zeros(1, 1, 4, 4))
+
+
+def test_maps_are_computed_once_and_only_when_asked() -> None:
+    network = make(Branches)
+    with mock.patch.object(explanation.functional, "interpolate", wraps=functional.interpolate) as resize:
+        found = Explainer(network, "left")(network.images())
+        assert resize.call_count == 0
+        assert found.maps is found.maps
+        assert resize.call_count == 1
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"size: expected 2 lengths for maps of shape \(1, 1, 2, 2\); got \(3,\)"):
+        _explanation(torch.rand(1, 1, 2, 2)).resized((3,))
+    with pytest.raises(TypeError, match="size: expected a tuple of integers"):
+        _explanation(torch.rand(1, 1, 2, 2)).resized((3.0, 3.0))
+
+
+def test_overlay() -> None:
+    network = make(Branches, torch.float32)
+    images = network.images(2, torch.float32).sigmoid()
+    found = Explainer(network, "left")(images, [[0, 1, 2]] * 2)
+    overlay = found.overlay(images, colormap="hot", opacity=0.3)
+    assert overlay.shape == (2, 3, 12, 10, 3)
+    assert overlay.dtype == torch.uint8
+    assert torch.equal(overlay, viz.overlay(images, found.maps, colormap="hot", opacity=0.3))
+    assert not torch.equal(overlay, found.overlay(images))
+
+
+def test_arrays() -> None:
+    network = make(Signal, torch.float32)
+    found = Explainer(network, "layer")(network.images(2, torch.float32))
+    array = found.numpy()
+    assert isinstance(array, np.ndarray)
+    assert array.dtype == np.float32
+    np.testing.assert_array_equal(array, found.maps.numpy())
+
+
+def test_repr_is_short() -> None:
+    assert repr(_explanation(torch.rand(2, 3, 4, 5))) == "Explanation(images=2, targets=3, size=(4, 5), layers=('0',))"

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Runs the op tests with kernels that the address sanitizer and the undefined-behaviour sanitizer watch.
+# The instrumented library is built in a copy of the tree, so the one in use stays as it is.
+set -euo pipefail
+
+python=$(realpath --no-symlinks "$1")
+root=$(cd "$(dirname "$0")/.." && pwd)
+copy="$root/build/sanitize"
+rm -rf "$copy"
+mkdir -p "$copy"
+cd "$root"
+cp -r setup.py pyproject.toml README.md csrc diffcam_fast tests "$copy/"
+rm -f "$copy"/diffcam_fast/*.so
+cd "$copy"
+
+flags="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+DIFFCAM_NATIVE=1 CXXFLAGS="$flags" "$python" setup.py --quiet build_ext --inplace
+
+library() { "${CXX:-c++}" -print-file-name="$1"; }
+export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)"
+# PyTorch and the interpreter keep memory until the process ends.
+export ASAN_OPTIONS=detect_leaks=0
+export PYTHONPATH="$copy"
+"$python" -c "import diffcam_fast, sys; sys.exit(not diffcam_fast.__file__.startswith('$copy/'))"
+# Without -s a report would be swallowed. Compiling is left out: inductor's compilers would inherit the preload.
+"$python" -m pytest -s -q -p no:cacheprovider tests/ops -k "not compile and not opcheck" "${@:2}"

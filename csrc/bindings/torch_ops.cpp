@@ -19,8 +19,33 @@
 #include "diffcam/logit_difference.h"
 #include "diffcam/names.h"
 
+namespace diffcam {
+
+// A string argument of an op. PyTorch's own conversion to std::string leaks a string a call (in 2.10 to 2.13
+// at least).
+struct Name {
+    std::string text;
+};
+
+}  // namespace diffcam
+
+template <>
+struct torch::stable::detail::ToImpl<diffcam::Name> {
+    static diffcam::Name call(StableIValue value, uint64_t, bool) {
+        StringHandle handle = torch::stable::detail::to<StringHandle>(value);
+        const char* data = nullptr;
+        size_t length = 0;
+        TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+        TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+        diffcam::Name name{std::string(data, length)};
+        TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+        return name;
+    }
+};
+
 namespace {
 
+using diffcam::Name;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -116,14 +141,15 @@ std::vector<int64_t> map_sizes(const Tensor& activations, const Tensor& gradient
     return sizes;
 }
 
-Tensor cam(const Tensor& activations, const Tensor& gradients, std::string method, bool relu,
-           std::string normalize, double eps) {
+Tensor cam(const Tensor& activations, const Tensor& gradients, const Name& method, bool relu,
+           const Name& normalize, double eps) {
     const diffcam::CamShape shape = cam_shape(activations, gradients);
     diffcam::CamMethod parsed_method;
     diffcam::Normalization parsed_normalize;
-    STD_TORCH_CHECK(diffcam::parse_method(method.c_str(), &parsed_method), "method: unknown name ", method);
-    STD_TORCH_CHECK(diffcam::parse_normalization(normalize.c_str(), &parsed_normalize),
-                    "normalize: unknown name ", normalize);
+    STD_TORCH_CHECK(diffcam::parse_method(method.text.c_str(), &parsed_method), "method: unknown name ",
+                    method.text);
+    STD_TORCH_CHECK(diffcam::parse_normalization(normalize.text.c_str(), &parsed_normalize),
+                    "normalize: unknown name ", normalize.text);
     Tensor maps = empty(map_sizes(activations, gradients), accumulation_type(shape.type), activations);
     diffcam::cam_cpu(shape, activations_view(activations), gradients_view(gradients), parsed_method, relu,
                      parsed_normalize, eps, maps.mutable_data_ptr(), torch_threads());
@@ -131,11 +157,12 @@ Tensor cam(const Tensor& activations, const Tensor& gradients, std::string metho
 }
 
 std::tuple<Tensor, Tensor> cam_backward(const Tensor& grad_raw, const Tensor& activations,
-                                        const Tensor& gradients, std::string method, bool for_activations,
+                                        const Tensor& gradients, const Name& method, bool for_activations,
                                         bool for_gradients) {
     const diffcam::CamShape shape = cam_shape(activations, gradients);
     diffcam::CamMethod parsed_method;
-    STD_TORCH_CHECK(diffcam::parse_method(method.c_str(), &parsed_method), "method: unknown name ", method);
+    STD_TORCH_CHECK(diffcam::parse_method(method.text.c_str(), &parsed_method), "method: unknown name ",
+                    method.text);
     STD_TORCH_CHECK(grad_raw.is_cpu() && grad_raw.scalar_type() == accumulation_type(shape.type),
                     "grad_raw: expected a CPU tensor of the maps' dtype");
     const std::vector<int64_t> sizes = map_sizes(activations, gradients);
@@ -172,7 +199,7 @@ std::tuple<Tensor, Tensor> cam_backward(const Tensor& grad_raw, const Tensor& ac
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits, const Tensor& classes,
-                                                            std::string baseline, int64_t top_k,
+                                                            const Name& baseline, int64_t top_k,
                                                             double temperature, double alpha,
                                                             std::vector<int64_t> ranks) {
     STD_TORCH_CHECK(logits.is_cpu() && classes.is_cpu(), "expected CPU tensors");
@@ -183,8 +210,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits
                                               scalar_type(logits, "logits")};
     diffcam::LogitDifferenceOptions options{{},    top_k,        temperature,
                                             alpha, ranks.data(), static_cast<int64_t>(ranks.size())};
-    STD_TORCH_CHECK(diffcam::parse_baseline(baseline.c_str(), &options.baseline), "baseline: unknown name ",
-                    baseline);
+    STD_TORCH_CHECK(diffcam::parse_baseline(baseline.text.c_str(), &options.baseline),
+                    "baseline: unknown name ", baseline.text);
     STD_TORCH_CHECK(shape.classes >= 2, "logits: expected at least two classes");
     STD_TORCH_CHECK(top_k >= 0 && top_k < shape.classes, "top_k: expected 0 to ", shape.classes - 1);
     for (const int64_t rank : ranks) {
@@ -212,11 +239,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits
     return {delta, cotangent, rival_classes, differences};
 }
 
-// Asks for a variant, or for none with an empty name, and says which one is in use.
-std::string cpu_capability(std::string request) {
-    diffcam::CpuCapability wanted;
-    if (diffcam::parse_cpu_capability(request.c_str(), &wanted)) diffcam::set_cpu_capability(wanted);
-    return diffcam::cpu_capability_name(diffcam::cpu_capability());
+// Asks for a variant by its number, or for none with -1, and says which one is in use.
+int64_t cpu_capability(int64_t request) {
+    if (request >= 0) diffcam::set_cpu_capability(static_cast<diffcam::CpuCapability>(request));
+    return static_cast<int64_t>(diffcam::cpu_capability());
 }
 
 }  // namespace

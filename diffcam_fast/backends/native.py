@@ -17,7 +17,7 @@ BUILD_RECORD_PATH = LIBRARY_PATH.with_name("_build.json")
 
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 
-_library.define("cpu_capability(str request) -> str")
+_library.define("cpu_capability(int request) -> int")
 
 
 def build_record() -> dict[str, Any] | None:
@@ -55,7 +55,7 @@ def cpu_capability() -> str | None:
     """The instruction-set variant of the compiled kernels in use: default, avx2 or avx512; None without them."""
     if absent_because is not None:
         return None
-    return str(getattr(torch.ops, NAMESPACE).cpu_capability(""))
+    return CPU_CAPABILITIES[getattr(torch.ops, NAMESPACE).cpu_capability(-1)]
 
 
 def set_cpu_capability(name: str) -> None:
@@ -72,7 +72,7 @@ def set_cpu_capability(name: str) -> None:
         raise ValueError(f"name: expected one of {', '.join(CPU_CAPABILITIES)}; got {name!r}")
     if absent_because is not None:
         raise RuntimeError(f"no compiled kernels: {absent_because}")
-    in_use = getattr(torch.ops, NAMESPACE).cpu_capability(name)
+    in_use = CPU_CAPABILITIES[getattr(torch.ops, NAMESPACE).cpu_capability(CPU_CAPABILITIES.index(name))]
     if in_use != name:
         raise ValueError(f"name: this processor does not run {name!r}; still on {in_use!r}")
 

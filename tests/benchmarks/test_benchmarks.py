@@ -60,8 +60,11 @@ def test_times_are_those_of_the_table(tmp_path: Path) -> None:
 
 def test_quick_run_writes_nothing_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(environment, "RESULTS", tmp_path)
+    monkeypatch.setitem(run.BENCHMARKS, "memory", lambda quick: _report(1.0))
     assert run.main(["memory", "--quick"]) == 0
     assert _files(tmp_path) == set()
+    assert run.main(["memory"]) == 0
+    assert _files(tmp_path) == {"example.json", "example.csv", "example.md"}
 
 
 @pytest.mark.parametrize("wrong", [1.01, float("nan")])
@@ -152,8 +155,9 @@ def test_growth_of_memory_is_found() -> None:
             for count in range(0, 100_001, 1_000)
         ]
 
-    leaking = bench_memory.report(samples(0.1), every=1_000)
-    flat = bench_memory.report(samples(0.0), every=1_000)
+    settings = {"backend": "cpu", "threads": 1}
+    leaking = bench_memory.report(samples(0.1), settings, every=1_000)
+    flat = bench_memory.report(samples(0.0), settings, every=1_000)
 
     assert leaking.rows[0]["growth_kb_per_100000"] == pytest.approx(10_000)
     assert len(leaking.missed()) == 1

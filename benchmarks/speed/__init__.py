@@ -1,0 +1,1 @@
+"""How fast the library is, beside the fastest things that a user could write instead."""

@@ -1,0 +1,310 @@
+"""The compiled `cam` beside torch.compile, the eager reference and the bmm form, against the read ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import diffcam_fast as dcf
+from benchmarks.report import Bar, Column, Report, Row, Table
+from benchmarks.speed.measure import (
+    COLD_CACHES,
+    QUICK,
+    Candidate,
+    Effort,
+    ReadCeiling,
+    cold_copies,
+    compare,
+    compiled,
+    require_compiled,
+    thread_counts,
+    threads,
+)
+from diffcam_fast.reference.cam import METHODS, finish
+from diffcam_fast.reference.cam import cam as reference_cam
+from tests.tolerances import HALF_ERROR_RATIO, MAP_SHARE_OF_RANGE, PEER_SHARE_OF_RANGE
+
+Shape = tuple[int, int, int, int]
+
+SHAPES: tuple[Shape, ...] = (
+    (1, 2048, 7, 7),
+    (32, 2048, 7, 7),
+    (32, 512, 14, 14),
+    (64, 1280, 7, 7),
+    (8, 64, 112, 112),
+)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
+OPTIONS = (True, "minmax", 1e-7)
+
+#: torch.bmm rounds weights and maps to the inputs' dtype: a few units in the last place of bfloat16, which are 2^-8.
+ROUNDED_MAPS = 4 * 2.0**-8
+
+#: The least share of the read ceiling that is asked for.
+SHARE_OF_READ = 0.7
+
+INTRODUCTION = """\
+One call of `diffcam_fast.cam` (ReLU and min-max included) on a batch of activations and as many gradients.
+*cold*: the inputs rotate over copies that fill the last-level cache {cold_caches} times. *warm*: the same copy, read
+just before. *GB/s*: bytes of activations and gradients, read once, by the median time. *of read*: that, as a share of
+the read ceiling: the fastest of several plain readers, which go through {ceiling_bytes} MiB, timed in turns with
+the candidates. *vs ...*: our median time by theirs; **below 1 we are faster**. torch.compile and eager run the
+reference implementation; bmm is the product of mean gradients and activations in eager PyTorch, which in bfloat16
+also rounds its maps. Candidates alternate in one process; each was checked against the float64 reference before
+it was timed.
+Read ceilings: {ceilings}."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the results."""
+
+    method: str
+    shape: Shape
+    layout: str
+    dtype: torch.dtype
+    threads: int
+    warm: bool
+
+    def columns(self) -> Row:
+        """The case as columns of a row."""
+        return {
+            "method": self.method,
+            "shape": "x".join(map(str, self.shape)),
+            "layout": self.layout,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "cache": "warm" if self.warm else "cold",
+        }
+
+
+def cases(quick: bool) -> list[Case]:
+    """What is measured; cases with the same inputs follow each other."""
+    if quick:
+        shape = SHAPES[0]
+        return [Case("gradcam", shape, "channels-last", torch.float32, 1, warm) for warm in (False, True)]
+    found = []
+    counts = thread_counts()
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            for dtype in (torch.float32, torch.bfloat16):
+                for count in counts:
+                    found.append(Case("gradcam", shape, layout, dtype, count, False))
+                    if shape[0] == 1:
+                        found.append(Case("gradcam", shape, layout, dtype, count, True))
+                if dtype == torch.float32:
+                    others = (method for method in METHODS if method != "gradcam")
+                    found += [Case(method, shape, layout, dtype, counts[-1], False) for method in others]
+    return found
+
+
+class Inputs:
+    """Copies of random activations and gradients, enough of them to be cold."""
+
+    def __init__(self, shape: Shape, layout: str, dtype: torch.dtype, copies: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        # Positive and heavy-tailed, like the output of a ReLU, but without zeros. Gradients with a positive mean keep
+        # the maps off the zero of their own ReLU.
+        activations = torch.randn(shape, generator=generator).square_().add_(0.01)
+        gradients = torch.randn(shape, generator=generator).add_(0.02)
+        pair = [values.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for values in (activations, gradients)]
+        self.bytes = sum(values.numel() * values.element_size() for values in pair)
+        self.copies = [
+            (activations.clone(), gradients.clone())
+            for activations, gradients in [pair] * (copies or cold_copies(self.bytes))
+        ]
+        # The reference takes gradients with a target dimension: given here, so that no competitor pays for it.
+        self.canonical = [(activations, gradients.unsqueeze(1)) for activations, gradients in self.copies]
+
+
+def bmm_form(activations: Tensor, gradients: Tensor) -> Tensor:
+    """Grad-CAM as it is usually written by hand for speed: one batched matrix product."""
+    weights = gradients.mean((2, 3)).unsqueeze(1)
+    raw = torch.bmm(weights, activations.flatten(2)).unflatten(2, activations.shape[2:])
+    return finish(raw, *OPTIONS)
+
+
+def check_of(method: str, inputs: Inputs) -> Callable[[Tensor], float]:
+    """The error of maps of copy 0, as a share of range, against the float64 reference."""
+    activations, gradients = inputs.canonical[0]
+    exact = reference_cam(activations.double(), gradients.double(), method, *OPTIONS)
+    if not (exact.amax((2, 3)) > 0.5).all():
+        raise ValueError(f"{method}: these inputs give an empty map, and too much would pass for right")
+    return lambda found: (found.double().reshape(exact.shape) - exact).abs().max().item() / exact.max().item()
+
+
+def ours(method: str, inputs: Inputs) -> Candidate:
+    """The op, with the check of its maps."""
+    error = check_of(method, inputs)
+    tolerance = MAP_SHARE_OF_RANGE[torch.float32] + _allowance(method, inputs, error)
+    return Candidate(lambda copy: dcf.cam(*inputs.copies[copy], method), error, tolerance)
+
+
+def competitors(method: str, inputs: Inputs) -> dict[str, Candidate]:
+    """The reference, compiled and eager, and the bmm form of gradcam, with the check that suits another's maps."""
+    copies, canonical = inputs.copies, inputs.canonical
+    error = check_of(method, inputs)
+    allowance = _allowance(method, inputs, error)
+    tolerance = PEER_SHARE_OF_RANGE + allowance
+    fast = compiled(reference_cam, *canonical[0], method, *OPTIONS)
+    found = {
+        "compile": Candidate(lambda copy: fast(*canonical[copy], method, *OPTIONS), error, tolerance),
+        "eager": Candidate(lambda copy: reference_cam(*canonical[copy], method, *OPTIONS), error, tolerance),
+    }
+    if method == "gradcam":
+        rounded = ROUNDED_MAPS if allowance else tolerance
+        found["bmm"] = Candidate(lambda copy: bmm_form(*copies[copy]), error, rounded)
+    return found
+
+
+def _allowance(method: str, inputs: Inputs, error: Callable[[Tensor], float]) -> float:
+    """What half precision may err in addition: a multiple of what the reference itself errs in it."""
+    activations, gradients = inputs.canonical[0]
+    if activations.dtype == torch.float32:
+        return 0.0
+    return HALF_ERROR_RATIO * error(reference_cam(activations, gradients, method, *OPTIONS))
+
+
+def measure(case: Case, inputs: Inputs, ceiling: ReadCeiling, effort: Effort) -> Row:
+    """One row. The number of threads is set already."""
+    contenders = {"ours": ours(case.method, inputs), **competitors(case.method, inputs)}
+    if not case.warm:
+        contenders["ceiling"] = ceiling.candidate
+    timings, errors = compare(
+        contenders, what=_label(case.columns()), copies=len(inputs.copies), warm=case.warm, effort=effort
+    )
+    mine = timings["ours"]
+    gb_per_s = 1e-9 * inputs.bytes / mine.median
+    row = {
+        **case.columns(),
+        "bytes": inputs.bytes,
+        "rounds": mine.rounds,
+        "error": errors["ours"],
+        **mine.milliseconds(),
+        "gb_per_s": gb_per_s,
+    }
+    if not case.warm:
+        row["ceiling_gb_per_s"] = 1e-9 * ceiling.bytes_per_call / timings["ceiling"].median
+        row["share_of_read"] = gb_per_s / row["ceiling_gb_per_s"]
+    for name in ("compile", "eager", "bmm"):
+        if name in timings:
+            row[f"{name}_error"] = errors[name]
+            row |= timings[name].milliseconds(f"{name}_")
+            row[f"vs_{name}"] = mine.median / timings[name].median
+    return row
+
+
+def rows(chosen: list[Case], ceilings: dict[int, ReadCeiling], effort: Effort) -> Iterator[Row]:
+    """Measure the cases; inputs are made once for those that share them."""
+    key: tuple[Any, ...] = ()
+    for case in tqdm(chosen, desc="cam", disable=None):
+        if key != (case.shape, case.layout, case.dtype):
+            key = (case.shape, case.layout, case.dtype)
+            inputs = Inputs(*key)
+        with threads(case.threads):
+            yield measure(case, inputs, ceilings[case.threads], effort)
+
+
+def run(quick: bool = False) -> Report:
+    """Measure everything, or for `quick` one shape in a few rounds.
+
+    Raises:
+        NotCompiled: the reference serves.
+        WrongResult: somebody's maps are wrong.
+    """
+    require_compiled("cam")
+    chosen = cases(quick)
+    effort = QUICK if quick else Effort()
+    ceilings = {}
+    for count in sorted({case.threads for case in chosen}):
+        with threads(count):
+            ceilings[count] = ReadCeiling(caches=1, effort=QUICK) if quick else ReadCeiling()
+    with torch.no_grad():
+        return report(list(rows(chosen, ceilings, effort)), ceilings)
+
+
+def report(found: list[Row], ceilings: dict[int, ReadCeiling]) -> Report:
+    """The rows as a report, with the tables and the bars."""
+    first = next(iter(ceilings.values()))
+    introduction = INTRODUCTION.format(
+        cold_caches=COLD_CACHES,
+        ceiling_bytes=first.PIECES * first.bytes_per_call >> 20,
+        ceilings="; ".join(
+            f"{_threads(count)} {max(ceiling.gb_per_s.values()):.1f} GB/s ({ceiling.reader})"
+            for count, ceiling in ceilings.items()
+        ),
+    )
+    return Report(
+        name="cam",
+        title="cam",
+        introduction=introduction,
+        rows=found,
+        tables=_tables(found),
+        bars=_bars(),
+        label=_label,
+        details={"read_ceilings": [ceiling.record() for ceiling in ceilings.values()]},
+    )
+
+
+def _tables(found: list[Row]) -> list[Table]:
+    timing = [
+        Column("ms", "ms", ".3g"),
+        Column("p20", "ms_p20", ".3g"),
+        Column("p80", "ms_p80", ".3g"),
+        Column("GB/s", "gb_per_s", ".1f"),
+        Column("of read", "share_of_read", ".0%"),
+        Column("compile ms", "compile_ms", ".3g"),
+        Column("vs compile", "vs_compile", ".2f"),
+        Column("vs eager", "vs_eager", ".2f"),
+    ]
+    place = [Column("shape", "shape"), Column("layout", "layout")]
+    gradcam = [row for row in found if row["method"] == "gradcam"]
+    others = [row for row in found if row["method"] != "gradcam"]
+    tables = [
+        Table(
+            f"gradcam, {dtype}, {_threads(count)}",
+            [row for row in gradcam if (row["dtype"], row["threads"]) == (dtype, count)],
+            [*place, Column("cache", "cache"), *timing, Column("vs bmm", "vs_bmm", ".2f")],
+        )
+        for dtype, count in sorted(
+            {(row["dtype"], row["threads"]) for row in gradcam}, key=lambda group: (group[0] != "float32", group)
+        )
+    ]
+    for method in dict.fromkeys(row["method"] for row in others):
+        chosen = [row for row in others if row["method"] == method]
+        title = f"{method}, {chosen[0]['dtype']}, {_threads(chosen[0]['threads'])}, cold"
+        tables.append(Table(title, chosen, [*place, *timing]))
+    return tables
+
+
+def _bars() -> list[Bar]:
+    found = []
+    for text, of_group in (
+        ("gradcam", lambda row: row["method"] == "gradcam"),
+        ("the other methods", lambda row: row["method"] != "gradcam"),
+    ):
+        found += [
+            Bar(f"{text}: no slower than torch.compile", "vs_compile", 1.0, applies=of_group),
+            Bar(
+                f"{text}: at least {SHARE_OF_READ:.0%} of read bandwidth, cold, all but the single image",
+                "share_of_read",
+                SHARE_OF_READ,
+                at_least=True,
+                applies=lambda row, of_group=of_group: of_group(row) and not row["shape"].startswith("1x"),
+                show=".1%",
+            ),
+        ]
+    return found
+
+
+def _label(row: Row) -> str:
+    keys = ("method", "shape", "layout", "dtype")
+    return ", ".join([*(row[key] for key in keys), _threads(row["threads"]), row["cache"]])
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"

@@ -34,7 +34,7 @@ MINIMUM_TORCH = (2, 10)
 # Calls newer than this are not compiled in, so that one library serves every later PyTorch.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
-COMMON_FLAGS = ["-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"]
+COMMON_FLAGS = ["-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"]
 # GCC's own AVX headers start from undefined registers, which -Wall takes for a mistake.
 KERNEL_FLAGS = [
     *COMMON_FLAGS,

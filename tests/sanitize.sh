@@ -14,7 +14,7 @@ rm -f "$copy"/diffcam_fast/*.so
 cd "$copy"
 
 # -O1: instrumented code is slow to compile at more, and finds no more.
-flags="-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+flags="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 DIFFCAM_NATIVE=1 CXXFLAGS="$flags" "$python" setup.py --quiet build_ext --inplace
 
 library() { "${CXX:-c++}" -print-file-name="$1"; }

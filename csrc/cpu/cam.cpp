@@ -12,12 +12,16 @@
 namespace diffcam {
 namespace {
 
-constexpr int64_t kTargetsAtOnce = 16;      // activations are read once for so many targets
-constexpr int64_t kWeights = 4096;          // weights of a block of channels, all targets of a group
-constexpr int64_t kTileElements = 16384;    // a copied tile: 64 KiB of float
-constexpr int64_t kCacheBytes = 256 << 10;  // activations that are read twice stay in the second-level cache
-constexpr int64_t kTaskBytes = 128 << 10;   // an image is not split into less
-constexpr int64_t kTasks = 16;              // an image is split until there are so many tasks
+constexpr int64_t kTargetsAtOnce = 16;       // activations are read once for so many targets
+constexpr int64_t kWeights = 4096;           // weights of a block of channels, all targets of a group
+constexpr int64_t kTileElements = 16384;     // a copied tile: 64 KiB of float
+constexpr int64_t kCacheBytes = 256 << 10;   // activations that are read twice stay in the second-level cache
+constexpr int64_t kStreamedBytes = 4 << 20;  // less is likely to be in the caches already
+constexpr int64_t kFetchedBytes = 512 << 10;  // so much is fetched into it before it is read
+constexpr int64_t kFetchedRow = 768;          // bytes of the shortest plane for which that pays
+constexpr int64_t kBlockBytes = 6 << 10;      // gradients and activations with short planes take turns
+constexpr int64_t kTaskBytes = 128 << 10;     // an image is not split into less
+constexpr int64_t kTasks = 16;                // an image is split until there are so many tasks
 
 int64_t power_of_two_at_most(int64_t x) {
     int64_t power = 1;
@@ -52,6 +56,7 @@ class Cam {
         image_bytes_ = map_elements * activations_.bytes * (1 + (constant_ ? 0 : group_));
         const int64_t bytes = image_bytes_ * shape.images * groups_;
         workers_ = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, bytes / kBytesPerThread));
+        streams_ = method == CamMethod::gradcam && !constant_ && bytes >= kStreamedBytes;
     }
 
     void run() {
@@ -60,12 +65,15 @@ class Cam {
             std::fill(maps_, maps_ + maps * positions_, T(0));
             return finish_all(nullptr, 0);
         }
-        const bool both_interleaved = !activations_.planar && activations_.interleaved &&
-                                      (constant_ || (!gradients_.planar && gradients_.interleaved));
+        // Tensors that are read together need one layout; otherwise the gradients may have planes.
+        const bool rows_of_channels =
+            !activations_.planar && activations_.interleaved &&
+            (constant_ || (reads_together() ? !gradients_.planar && gradients_.interleaved
+                                            : gradients_.planar || gradients_.interleaved));
         const int64_t tasks = shape_.images * groups_;
         int64_t parts = std::min(ceil_div(kTasks, tasks), image_bytes_ / kTaskBytes);
         parts = power_of_two_at_most(std::max<int64_t>(parts, 1));
-        if (parts > 1 && both_interleaved) {
+        if (parts > 1 && rows_of_channels) {
             // Rows of at least 1 KiB are worth splitting; shorter ones are kept whole, and positions are
             // split.
             const bool split_channels = !products_ && shape_.channels / parts * activations_.bytes >= 1024;
@@ -143,11 +151,12 @@ class Cam {
         }
     }
 
+    bool reads_together() const { return products_ || (!constant_ && method_ == CamMethod::xgradcam); }
+
     bool needs_tiles() const {
         const bool a = activations_.planar || activations_.interleaved;
         const bool g = constant_ || gradients_.planar || gradients_.interleaved;
-        const bool together = products_ || (!constant_ && method_ == CamMethod::xgradcam);
-        return !a || !g || (together && activations_.planar != gradients_.planar);
+        return !a || !g || (reads_together() && activations_.planar != gradients_.planar);
     }
 
     // Weights from sums. Constant gradients: sums holds the gradients.
@@ -211,9 +220,11 @@ class Cam {
                 kernels_->widen(g_data, g.channel, channels, w);
             else if (method_ == CamMethod::xgradcam)
                 sum(CamSum::product, a, a_data, &g, g_data, w);
+            else if (method_ == CamMethod::gradcam)
+                sum(CamSum::plain, g, g_data, t + 1 == targets && fetches(channels) ? &a : nullptr, a_data,
+                    w);
             else
-                sum(method_ == CamMethod::gradcam ? CamSum::plain : CamSum::plus_plus, g, g_data, nullptr,
-                    nullptr, w);
+                sum(CamSum::plus_plus, g, g_data, nullptr, nullptr, w);
             finish_weights(w, activation_sums, channels);
         }
         for_tiles(worker, a, a_data, nullptr, nullptr, channels,
@@ -224,8 +235,33 @@ class Cam {
                   });
     }
 
+    // Whether activations are fetched while gradients are summed: one pass alone, which waits for memory and
+    // then for arithmetic, does not use all of the bandwidth. Short planes take turns in small blocks
+    // instead.
+    bool fetches(int64_t channels) const {
+        const int64_t row = positions_ * activations_.bytes;
+        if (!streams_ || channels * row > kFetchedBytes) return false;
+        if (activations_.planar) return gradients_.planar && row >= kFetchedRow;
+        return activations_.interleaved && !gradients_.planar && gradients_.interleaved;
+    }
+
+    // The map stays in registers while the channels pass by (fits_short_planes): a new block costs little.
+    bool short_planes() const {
+        int64_t vector_bytes = 16;
+#if defined(__x86_64__)
+        if (cpu_capability() == CpuCapability::avx2) vector_bytes = 32;
+        if (cpu_capability() == CpuCapability::avx512) vector_bytes = 64;
+#endif
+        return activations_.planar && gradients_.planar &&
+               positions_ * static_cast<int64_t>(sizeof(T)) < 13 * vector_bytes;
+    }
+
     int64_t channels_at_once() const {
         const int64_t most = kWeights / group_;
+        // Small blocks go through both tensors at once.
+        const int64_t sixteen = 16 * positions_ * activations_.bytes;
+        if (streams_ && group_ == 1 && short_planes() && sixteen <= 2 * kBlockBytes)
+            return std::min(most, std::max<int64_t>((kBlockBytes + sixteen / 2) / sixteen, 1) * 16);
         const bool twice = products_ ? group_ > 1 : sums_activations_ && !constant_;
         if (!twice || !activations_.planar) return most;
         const int64_t cached = kCacheBytes / (positions_ * activations_.bytes);
@@ -367,6 +403,7 @@ class Cam {
     const bool constant_;  // gradients are the same at every position
     const bool products_;  // the map is a sum of products: no weights
     const bool sums_activations_;
+    bool streams_ = false;            // two passes of gradcam, and inputs that come from memory
     int64_t group_ = 1, groups_ = 1;  // targets are taken in groups
     int64_t image_bytes_ = 0, workers_ = 1;
 };

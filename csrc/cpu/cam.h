@@ -25,7 +25,8 @@ enum class CamSum : int {
 // the same layout. Where `accumulate` is false, results are overwritten; where true, added to.
 struct CamKernels {
     // sums[c] and, for a product, plain_sums[c] unless that is null. activation_sums[c] = sum_s A is read by
-    // plus_plus.
+    // plus_plus. A plain sum does not read y; where y holds other data than x, it is fetched into the cache
+    // on the way, for the weighted maps that come next.
     void (*channel_sums)(CamSum kind, const CamTile& x, const CamTile& y, const void* activation_sums,
                          int64_t channels, int64_t positions, bool accumulate, void* sums, void* plain_sums);
 

@@ -30,6 +30,8 @@ class CamBackward {
           parallel_(parallel),
           activations_(cam_source(activations, shape)),
           gradients_(cam_source(gradients, shape)),
+          activations_out_(layout_of(grad_activations, shape)),
+          gradients_out_(layout_of(grad_gradients, shape)),
           constant_(shape.constant_gradients),
           weighted_(method == CamMethod::gradcam || method == CamMethod::xgradcam ||
                     method == CamMethod::gradcam_plus_plus),
@@ -91,6 +93,12 @@ class CamBackward {
         T* tile;
         char* copies[2];
     };
+
+    static CamSource layout_of(const View& view, const CamShape& shape) {
+        ConstView same = {view.data, view.image_stride, view.target_stride, view.channel_stride, {}};
+        std::copy(view.spatial_stride, view.spatial_stride + kSpatialRank, same.spatial_stride);
+        return cam_source(same, shape);
+    }
 
     const T* grad_raw(int64_t n, int64_t t) const {
         return grad_raw_ + (n * shape_.targets + t) * positions_;
@@ -213,11 +221,17 @@ class CamBackward {
         }
     }
 
-    void store(const Worker& worker, const View& view, int64_t n, int64_t t, int64_t channel,
-               int64_t channels, int64_t s, int64_t positions) const {
+    // Whether results can be written as they are computed: rows as the tiles have them.
+    bool has_tile_rows(const CamSource& layout) const { return planar_ ? layout.planar : layout.interleaved; }
+
+    char* destination(const View& view, int64_t n, int64_t t, int64_t channel) const {
         const int64_t offset = n * view.image_stride + t * view.target_stride + channel * view.channel_stride;
-        kernels_->store_tile(worker.tile, planar_, channels, s, positions,
-                             static_cast<char*>(view.data) + offset * activations_.bytes, view.channel_stride,
+        return static_cast<char*>(view.data) + offset * activations_.bytes;
+    }
+
+    void store_tile(const Worker& worker, const View& view, char* to, int64_t channels, int64_t s,
+                    int64_t positions) const {
+        kernels_->store_tile(worker.tile, planar_, channels, s, positions, to, view.channel_stride,
                              view.spatial_stride, shape_.extent.size);
     }
 
@@ -236,6 +250,9 @@ class CamBackward {
             CamTile a = {};
             a.planar = planar_;
             if (needs_a) a = tile_of(worker, 0, activations_, a_data, c, count, s, length);
+            char* to = destination(grad_activations_, n, 0, first + c);
+            const bool straight = shape_.targets == 1 && has_tile_rows(activations_out_);
+            const int64_t stride = planar_ ? grad_activations_.channel_stride : activations_out_.position;
             if (shape_.targets == 0) std::fill(worker.tile, worker.tile + count * length, T(0));
             for (int64_t t = 0; t < shape_.targets; ++t) {
                 const CamTile g =
@@ -243,9 +260,14 @@ class CamBackward {
                             : a;
                 const int64_t at = t * channels + c;
                 kernels_->terms(term, g, a, grad_raw(n, t) + s, worker.weights + at, worker.slopes + at,
-                                worker.offsets + c, count, length, t > 0, worker.tile);
+                                worker.offsets + c, count, length, t > 0, straight,
+                                straight ? to + s * (planar_ ? 1 : stride) * activations_.bytes
+                                         : static_cast<void*>(worker.tile),
+                                straight  ? stride
+                                : planar_ ? length
+                                          : count);
             }
-            store(worker, grad_activations_, n, 0, first + c, count, s, length);
+            if (!straight) store_tile(worker, grad_activations_, to, count, s, length);
         });
     }
 
@@ -260,6 +282,8 @@ class CamBackward {
                              : method_ == CamMethod::hirescam          ? CamTerm::product
                              : method_ == CamMethod::layercam          ? CamTerm::gated
                                                                        : CamTerm::both_gated;
+        const bool straight = has_tile_rows(gradients_out_);
+        const int64_t stride = planar_ ? grad_gradients_.channel_stride : gradients_out_.position;
         for_tiles(channels, false, [&](int64_t c, int64_t count, int64_t s, int64_t length) {
             CamTile a = {};
             a.planar = planar_;
@@ -268,10 +292,16 @@ class CamBackward {
                 const CamTile g =
                     needs_g ? tile_of(worker, 1, gradients_, gradients_.at(n, t, first), c, count, s, length)
                             : a;
+                char* to = destination(grad_gradients_, n, t, first + c);
                 kernels_->terms(term, needs_a ? a : g, g, grad_raw(n, t) + s,
                                 worker.slopes + t * channels + c, worker.activation_sums + c, nullptr, count,
-                                length, false, worker.tile);
-                store(worker, grad_gradients_, n, t, first + c, count, s, length);
+                                length, false, straight,
+                                straight ? to + s * (planar_ ? 1 : stride) * activations_.bytes
+                                         : static_cast<void*>(worker.tile),
+                                straight  ? stride
+                                : planar_ ? length
+                                          : count);
+                if (!straight) store_tile(worker, grad_gradients_, to, count, s, length);
             }
         });
     }
@@ -280,11 +310,8 @@ class CamBackward {
         const View& view = grad_gradients_;
         const int64_t one[kSpatialRank] = {1, 1, 1}, none[kSpatialRank] = {0, 0, 0};
         for (int64_t t = 0; t < shape_.targets; ++t) {
-            const int64_t offset =
-                n * view.image_stride + t * view.target_stride + first * view.channel_stride;
             kernels_->store_tile(worker.results + t * channels, true, channels, 0, 1,
-                                 static_cast<char*>(view.data) + offset * activations_.bytes,
-                                 view.channel_stride, none, one);
+                                 destination(view, n, t, first), view.channel_stride, none, one);
         }
     }
 
@@ -295,9 +322,10 @@ class CamBackward {
     const View grad_activations_, grad_gradients_;
     const Parallel& parallel_;
     const CamSource activations_, gradients_;
-    const bool constant_;  // gradients are given once for all positions
-    const bool weighted_;  // the map is a sum of weighted activations
-    const bool planar_;    // the layout of all tiles
+    const CamSource activations_out_, gradients_out_;  // the layouts of the results
+    const bool constant_;                              // gradients are given once for all positions
+    const bool weighted_;                              // the map is a sum of weighted activations
+    const bool planar_;                                // the layout of all tiles
     const CamKernels* forward_ = nullptr;
     const CamBackwardKernels* kernels_ = nullptr;
     int64_t block_ = 0;

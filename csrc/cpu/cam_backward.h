@@ -34,13 +34,15 @@ struct CamBackwardKernels {
     void (*sums)(CamBackwardSum kind, const CamTile& x, const void* grad_raw, const void* p, int64_t channels,
                  int64_t positions, bool accumulate, void* sums);
 
-    // results of a term for channels x positions, contiguous in the layout of x and y (of x where a term has
-    // neither). Overwritten, starting from offsets[c] unless that is null, or added to where `accumulate`.
+    // results of a term for channels x positions, in the layout of x and y (of x where a term has neither):
+    // rows of positions where it is planar, of channels otherwise, row_stride apart. Overwritten, starting
+    // from offsets[c] unless that is null, or added to where `accumulate`. Rounded to elements where
+    // `rounded`.
     void (*terms)(CamTerm term, const CamTile& x, const CamTile& y, const void* grad_raw, const void* p,
                   const void* q, const void* offsets, int64_t channels, int64_t positions, bool accumulate,
-                  void* results);
+                  bool rounded, void* results, int64_t row_stride);
 
-    // Rounds such results to elements and stores them with any strides; positions count as in
+    // Rounds results that are contiguous to elements and stores them with any strides; positions count as in
     // CamKernels::copy_tile.
     void (*store_tile)(const void* results, bool planar, int64_t channels, int64_t first_position,
                        int64_t positions, void* destination, int64_t channel_stride,

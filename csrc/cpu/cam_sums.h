@@ -18,6 +18,11 @@ DIFFCAM_INLINE Vec<T> add_term(Vec<T> total, Vec<T> x, Vec<T> y, Vec<T> activati
     return fma(where_nonzero(x, square / denominator), relu(x), total);
 }
 
+// Fetches a line into the second-level cache: what is read next, while other memory is summed. A plain sum
+// does not read y, and fetches it where it is another tensor than x.
+constexpr int kLine = 64;
+DIFFCAM_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 template <CamSum kKind, typename T>
 DIFFCAM_INLINE Vec<T> first_term(Vec<T> x, Vec<T> y, Vec<T> activation_sum) {
     if constexpr (kKind == CamSum::plain) return x;
@@ -85,10 +90,16 @@ void sum_planes(const CamTile& x_tile, const CamTile& y_tile, const Accumulator<
     const E* y = static_cast<const E*>(kKind == CamSum::product ? y_tile.data : x_tile.data);
     const int64_t x_stride = x_tile.channel_stride;
     const int64_t y_stride = kKind == CamSum::product ? y_tile.channel_stride : x_stride;
+    const E* next =
+        kKind == CamSum::plain && y_tile.data != x_tile.data ? static_cast<const E*>(y_tile.data) : nullptr;
     for (int64_t c = 0; c < channels; c += kLanes) {
         const int rows = channels - c < kLanes ? static_cast<int>(channels - c) : kLanes;
         Vec<T> total[kLanes], plain[kLanes];
         for (int r = 0; r < rows; ++r) {
+            if (kGroups < 0 && next != nullptr) {
+                const E* row = next + (c + r) * y_tile.channel_stride;
+                for (int64_t s = 0; s < positions; s += kLine / static_cast<int>(sizeof(E))) fetch(row + s);
+            }
             const Vec<T> parameter =
                 kKind == CamSum::plus_plus ? broadcast(activation_sums[c + r]) : zero<T>();
             sum_row<kKind, kGroups>(x + (c + r) * x_stride, y + (c + r) * y_stride, parameter, positions,
@@ -101,8 +112,8 @@ void sum_planes(const CamTile& x_tile, const CamTile& y_tile, const Accumulator<
     }
 }
 
-// kRows positions, `step` apart, and one group of channels.
-template <CamSum kKind, int kRows, bool kFull, typename E>
+// kRows positions, `step` apart, and one group of channels. kFetch: y is fetched, not read.
+template <CamSum kKind, int kRows, bool kFetch, bool kFull, typename E>
 DIFFCAM_INLINE void sum_column_group(const E* x, int64_t x_step, const E* y, int64_t y_step,
                                      const Accumulator<E>* activation_sums, int n, bool accumulate,
                                      Accumulator<E>* sums, Accumulator<E>* plain_sums) {
@@ -113,6 +124,7 @@ DIFFCAM_INLINE void sum_column_group(const E* x, int64_t x_step, const E* y, int
     for (int r = 0; r < kRows; ++r) {
         const Group<E> a = load_part<kFull>(x + r * x_step, n);
         const Group<E> b = kKind == CamSum::product ? load_part<kFull>(y + r * y_step, n) : a;
+        if constexpr (kFetch) fetch(y + r * y_step);
         for (int v = 0; v < Group<E>::kVectors; ++v) {
             total.part[v] = add_term<kKind, T>(total.part[v], a.part[v], b.part[v], parameter.part[v]);
             if constexpr (kKind == CamSum::product) plain.part[v] = plain.part[v] + a.part[v];
@@ -123,13 +135,13 @@ DIFFCAM_INLINE void sum_column_group(const E* x, int64_t x_step, const E* y, int
         store_arranged<kFull, E>(plain_sums, plain, n, accumulate);
 }
 
-template <CamSum kKind, int kRows, typename E>
+template <CamSum kKind, int kRows, bool kFetch, typename E>
 void sum_column_rows(const E* x, int64_t x_step, const E* y, int64_t y_step,
                      const Accumulator<E>* activation_sums, int64_t channels, bool accumulate,
                      Accumulator<E>* sums, Accumulator<E>* plain_sums) {
     constexpr int kSize = Group<E>::kSize;
     const auto add = [&](auto full, int64_t c, int n) {
-        sum_column_group<kKind, kRows, decltype(full)::kValue>(
+        sum_column_group<kKind, kRows, kFetch, decltype(full)::kValue>(
             x + c, x_step, y + c, y_step, kKind == CamSum::plus_plus ? activation_sums + c : nullptr, n,
             accumulate, sums + c, plain_sums == nullptr ? nullptr : plain_sums + c);
     };
@@ -138,30 +150,38 @@ void sum_column_rows(const E* x, int64_t x_step, const E* y, int64_t y_step,
     if (c < channels) add(Constant<false>{}, c, static_cast<int>(channels - c));
 }
 
-template <CamSum kKind, typename E>
+template <CamSum kKind, bool kFetch, typename E>
 void sum_columns(const CamTile& x_tile, const CamTile& y_tile, const Accumulator<E>* activation_sums,
                  int64_t channels, int64_t positions, bool accumulate, Accumulator<E>* sums,
                  Accumulator<E>* plain_sums) {
     constexpr int kRows = kKind == CamSum::plain ? 8 : 4;
+    constexpr bool kReads = kKind == CamSum::product || kFetch;
     const E* x = static_cast<const E*>(x_tile.data);
-    const E* y = static_cast<const E*>(kKind == CamSum::product ? y_tile.data : x_tile.data);
+    const E* y = static_cast<const E*>(kReads ? y_tile.data : x_tile.data);
     const int64_t x_stride = x_tile.position_stride;
-    const int64_t y_stride = kKind == CamSum::product ? y_tile.position_stride : x_stride;
+    const int64_t y_stride = kReads ? y_tile.position_stride : x_stride;
     const int64_t apart = positions / kRows;
     for (int64_t s = 0; s < apart; ++s, accumulate = true)
-        sum_column_rows<kKind, kRows>(x + s * x_stride, apart * x_stride, y + s * y_stride, apart * y_stride,
-                                      activation_sums, channels, accumulate, sums, plain_sums);
+        sum_column_rows<kKind, kRows, kFetch>(x + s * x_stride, apart * x_stride, y + s * y_stride,
+                                              apart * y_stride, activation_sums, channels, accumulate, sums,
+                                              plain_sums);
     for (int64_t s = apart * kRows; s < positions; ++s, accumulate = true)
-        sum_column_rows<kKind, 1>(x + s * x_stride, 0, y + s * y_stride, 0, activation_sums, channels,
-                                  accumulate, sums, plain_sums);
+        sum_column_rows<kKind, 1, kFetch>(x + s * x_stride, 0, y + s * y_stride, 0, activation_sums, channels,
+                                          accumulate, sums, plain_sums);
 }
 
 template <CamSum kKind, typename E>
 void sum_tile(const CamTile& x, const CamTile& y, const Accumulator<E>* activation_sums, int64_t channels,
               int64_t positions, bool accumulate, Accumulator<E>* sums, Accumulator<E>* plain_sums) {
-    if (!x.planar)
-        return sum_columns<kKind, E>(x, y, activation_sums, channels, positions, accumulate, sums,
-                                     plain_sums);
+    if (!x.planar) {
+        if constexpr (kKind == CamSum::plain) {
+            if (y.data != nullptr && y.data != x.data)
+                return sum_columns<kKind, true, E>(x, y, activation_sums, channels, positions, accumulate,
+                                                   sums, plain_sums);
+        }
+        return sum_columns<kKind, false, E>(x, y, activation_sums, channels, positions, accumulate, sums,
+                                            plain_sums);
+    }
     const auto planes = [&](auto groups) {
         sum_planes<kKind, decltype(groups)::kValue, E>(x, y, activation_sums, channels, positions, accumulate,
                                                        sums, plain_sums);

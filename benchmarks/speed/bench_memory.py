@@ -97,7 +97,7 @@ def summary(samples: list[Row]) -> Row:
         "settled_kb": settled[0]["resident_kb"],
         "end_kb": settled[-1]["resident_kb"],
         "range_kb": float(resident.max() - resident.min()),
-        "growth_kb_per_100000": float(np.polyfit(counts, resident, 1)[0] * 100_000),
+        "growth_kb_per_100000": round(np.polyfit(counts, resident, 1)[0] * 100_000),
     }
 
 
@@ -111,7 +111,7 @@ def figure(samples: list[Row], found: Row) -> bytes:
     axes.axvspan(0, found["warm_up"] / 1000, color="0.9", label="warm-up")
     axes.set(xlabel="thousand explanations", ylabel="resident memory (MiB)", xlim=(0, counts[-1]))
     axes.set_ylim(bottom=0, top=1.15 * max(row["resident_kb"] for row in samples) / 1024)
-    axes.set_title(f"growth after warm-up: {found['growth_kb_per_100000']:+.0f} KiB per 100,000 explanations")
+    axes.set_title(f"growth after warm-up: {found['growth_kb_per_100000']:+d} KiB per 100,000 explanations")
     axes.legend(loc="lower right")
     content = io.BytesIO()
     picture.savefig(content, format="png", metadata={"Software": None})
@@ -132,7 +132,7 @@ def report(samples: list[Row], settings: Row, every: int) -> Report:
     found = summary(samples)
     caption = (
         f"Resident memory over {found['explanations']:,} explanations: {found['settled_kb'] / 1024:.0f} MiB after "
-        f"warm-up, {found['end_kb'] / 1024:.0f} MiB at the end; growth {found['growth_kb_per_100000']:+.0f} KiB per "
+        f"warm-up, {found['end_kb'] / 1024:.0f} MiB at the end; growth {found['growth_kb_per_100000']:+d} KiB per "
         f"100,000 explanations, range {found['range_kb']:.0f} KiB."
     )
     columns = [

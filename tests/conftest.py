@@ -13,7 +13,7 @@ from diffcam_fast.backends import absent_because, native, use_backend
 
 # A backend is forced for a whole test: that its fixture is not set up anew for every example is what is wanted.
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-settings.register_profile("quick", max_examples=25, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
+settings.register_profile("quick", max_examples=50, deadline=None, derandomize=True, suppress_health_check=SUPPRESSED)
 settings.register_profile("thorough", max_examples=400, deadline=None, suppress_health_check=SUPPRESSED)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 

@@ -21,8 +21,7 @@
 
 namespace diffcam {
 
-// A string argument of an op. PyTorch's own conversion to std::string leaks a string a call (in 2.10 to 2.13
-// at least).
+// A string argument of an op. PyTorch's own conversion to std::string (as of 2.13) leaks a string a call.
 struct Name {
     std::string text;
 };

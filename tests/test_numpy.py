@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ import torch
 
 import diffcam_fast as dcf
 from diffcam_fast import numpy as functions
-from diffcam_fast.backends import use_backend
 from diffcam_fast.reference.cam import METHODS
 
 RNG = np.random.default_rng(0)
@@ -20,20 +18,17 @@ GRADIENTS = RNG.standard_normal((3, 2, 17, 7, 5), dtype=np.float32)
 LOGITS = RNG.standard_normal((4, 11)).astype(np.float32)
 
 
-@pytest.fixture(params=["compiled", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "compiled":
-        if functions.absent_because() is not None:
-            pytest.skip(str(functions.absent_because()))
-        yield request.param
-    else:
-        with use_backend("reference"):
-            yield request.param
+def test_the_forced_instruction_set_serves(cpu_backend: str) -> None:
+    if cpu_backend == "reference":
+        pytest.skip("the reference has no instruction set")
+    from diffcam_fast import _C
+
+    assert _C.cpu_capability() == cpu_backend.removeprefix("cpu-")
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
-def test_cam_equals_tensors(backend: str, method: str, dtype: type) -> None:
+def test_cam_equals_tensors(cpu_backend: str, method: str, dtype: type) -> None:
     activations, gradients = ACTIVATIONS.astype(dtype), GRADIENTS.astype(dtype)
     found = functions.cam(activations, gradients, method)
     expected = dcf.cam(torch.from_numpy(activations), torch.from_numpy(gradients), method).numpy()
@@ -42,7 +37,7 @@ def test_cam_equals_tensors(backend: str, method: str, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("name", ["flipped", "read-only", "fortran", "strided", "record field"])
-def test_any_memory_layout(backend: str, name: str) -> None:
+def test_any_memory_layout(cpu_backend: str, name: str) -> None:
     layouts = {
         "flipped": lambda a: np.ascontiguousarray(a[..., ::-1])[..., ::-1],
         "read-only": lambda a: a.copy(),
@@ -64,7 +59,7 @@ def _record_field(array: np.ndarray) -> np.ndarray:
     return records["value"]
 
 
-def test_bfloat16_by_name(backend: str) -> None:
+def test_bfloat16_by_name(cpu_backend: str) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     activations = ACTIVATIONS.astype(ml_dtypes.bfloat16)
     gradients = GRADIENTS.astype(ml_dtypes.bfloat16)
@@ -72,7 +67,7 @@ def test_bfloat16_by_name(backend: str) -> None:
     np.testing.assert_allclose(functions.cam(activations, gradients), expected, atol=1e-5)
 
 
-def test_shapes_follow_the_gradients(backend: str) -> None:
+def test_shapes_follow_the_gradients(cpu_backend: str) -> None:
     assert functions.cam(ACTIVATIONS, GRADIENTS).shape == (3, 2, 7, 5)
     assert functions.cam(ACTIVATIONS, GRADIENTS[:, 0]).shape == (3, 7, 5)
     assert functions.cam(ACTIVATIONS, GRADIENTS[..., 0, 0]).shape == (3, 2, 7, 5)
@@ -90,7 +85,7 @@ def test_same_bits_whatever_the_number_of_threads() -> None:
     [{}, {"top_k": 3}, {"baseline": "expected", "temperature": 2.0}, {"baseline": "finer", "ranks": (1, 4)}],
 )
 @pytest.mark.parametrize("classes", [[0, 3, 10, 5], [[0, 1], [2, 3], [4, 5], [10, 9]]])
-def test_logit_difference_equals_tensors(backend: str, options: dict, classes: list) -> None:
+def test_logit_difference_equals_tensors(cpu_backend: str, options: dict, classes: list) -> None:
     chosen = np.asarray(classes, dtype=np.int32)
     found = functions.logit_difference(LOGITS, chosen, **options)
     expected = dcf.logit_difference(torch.from_numpy(LOGITS), torch.from_numpy(chosen), **options)
@@ -121,12 +116,12 @@ def test_logit_difference_equals_tensors(backend: str, options: dict, classes: l
         (lambda: functions.logit_difference(LOGITS[0], np.zeros(4, int)), ValueError, "logits: expected shape"),
     ],
 )
-def test_errors(backend: str, call: object, error: type, message: str) -> None:
+def test_errors(cpu_backend: str, call: object, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         call()  # type: ignore[operator]
 
 
-def test_non_finite_stays_in_its_image(backend: str) -> None:
+def test_non_finite_stays_in_its_image(cpu_backend: str) -> None:
     activations = ACTIVATIONS.copy()
     activations[1, 0, 0, 0] = math.nan
     found = functions.cam(activations, GRADIENTS)

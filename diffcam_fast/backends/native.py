@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def cpu_capability() -> str | None:
 
 
 def set_cpu_capability(name: str) -> None:
-    """Choose the variant of the compiled kernels for the rest of the process.
+    """Choose the variant of the compiled kernels, for tensors and for NumPy arrays, for the rest of the process.
 
     Args:
         name: "default", "avx2" or "avx512".
@@ -75,8 +76,6 @@ def set_cpu_capability(name: str) -> None:
     in_use = CPU_CAPABILITIES[getattr(torch.ops, NAMESPACE).cpu_capability(CPU_CAPABILITIES.index(name))]
     if in_use != name:
         raise ValueError(f"name: this processor does not run {name!r}; still on {in_use!r}")
-
-
-def platform() -> str:
-    """Python and PyTorch versions of this process, in one line."""
-    return f"Python {sys.version.split()[0]}, torch {torch.__version__}"
+    # The NumPy module is a binary of its own and keeps its own choice.
+    if importlib.util.find_spec("diffcam_fast._C") is not None:
+        importlib.import_module("diffcam_fast._C").set_cpu_capability(name)

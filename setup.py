@@ -4,11 +4,15 @@ Flags differ per file (one kernel body is compiled once per instruction set), wh
 writes a `build.ninja` and runs it. Everything else about the package is in pyproject.toml.
 
 Environment:
-    DIFFCAM_NATIVE  auto (default): build when a compiler, ninja, pybind11 and PyTorch are there, and otherwise install
-                    the package on its reference backend; 1: a missing tool is an error; 0: build nothing.
-    CXX             the C++ compiler. Default: the first of c++, g++, clang++.
-    CXXFLAGS        further flags for compiling and linking, such as -fsanitize=address.
-    MAX_JOBS        compilers run at the same time. Default: one per processor.
+    DIFFCAM_NATIVE      auto (default): build when a compiler, ninja, pybind11 and PyTorch are there, and otherwise
+                        install the package on its reference backend; 1: a missing tool is an error; 0: build nothing.
+    DIFFCAM_CUDA        the same for the CUDA kernels, which need nvcc 12.8 or newer, but neither a GPU nor a CUDA
+                        build of PyTorch.
+    DIFFCAM_CUDA_ARCHS  compute capabilities to compile for, and PTX for the last: "80;90;100" (default).
+    CXX                 the C++ compiler. Default: the first of c++, g++, clang++.
+    CXXFLAGS            further flags for compiling and linking C++, such as -fsanitize=address.
+    NVCC                the CUDA compiler. Default: that of CUDA_HOME, then nvcc on PATH.
+    MAX_JOBS            compilers run at the same time. Default: one per processor.
 """
 
 from __future__ import annotations
@@ -18,12 +22,14 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -51,8 +57,14 @@ VARIANT_FLAGS = {
 }
 
 
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+DEFAULT_CUDA_ARCHS = "80;90;100"
+# The first that compiles for capability 10.0.
+MINIMUM_NVCC = (12, 8)
+
+
 class Unavailable(Exception):
-    """The native part cannot be built here; the message says what is missing."""
+    """The native part, or its CUDA kernels, cannot be built here; the message says what is missing."""
 
 
 def find_compiler() -> str:
@@ -77,11 +89,17 @@ def find_ninja() -> str:
 
 
 def find_pybind11() -> str:
-    if not importlib.util.find_spec("pybind11"):
-        raise Unavailable("pybind11 is not installed: pip install pybind11")
-    import pybind11
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
 
-    return pybind11.get_include()
+        return pybind11.get_include()
+    # PyTorch carries a copy for its own extensions.
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        include = Path(spec.origin).parent / "include"
+        if (include / "pybind11" / "pybind11.h").is_file():
+            return str(include)
+    raise Unavailable("pybind11 is not installed: pip install pybind11")
 
 
 def find_torch() -> tuple[Path, str]:
@@ -101,6 +119,56 @@ def compiler_version(compiler: str) -> str:
     return result.stdout.splitlines()[0]
 
 
+class Nvcc(NamedTuple):
+    """The CUDA compiler and what comes with it."""
+
+    path: str
+    version: str
+    libraries: Path
+    architectures: list[str]
+
+    def flags(self) -> list[str]:
+        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        newest = self.architectures[-1]
+        return [*CUDA_FLAGS, *targets, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def find_nvcc() -> Nvcc:
+    home = os.environ.get("CUDA_HOME")
+    candidates = [os.environ.get("NVCC"), home and str(Path(home) / "bin" / "nvcc"), "nvcc"]
+    path = next((found for name in candidates if name and (found := shutil.which(name))), None)
+    if path is None:
+        raise Unavailable("no CUDA compiler: nvcc not found on PATH, nor through NVCC or CUDA_HOME")
+    told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", told)
+    if release is None:
+        raise Unavailable(f"{path} --version does not say which release it is")
+    version = ".".join(release.groups())
+    if tuple(int(part) for part in release.groups()) < MINIMUM_NVCC:
+        raise Unavailable(f"nvcc {version} is older than {'.'.join(map(str, MINIMUM_NVCC))}")
+    # What is on PATH can be a script that calls the compiler elsewhere: the compiler itself says where it is.
+    dry = subprocess.run([path, "--dryrun", "-c", "any.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", dry, re.MULTILINE)
+    root = Path(top.group(1)) if top else Path(path).resolve().parent.parent
+    for folder in (root / "lib64", root / "lib", root / "targets" / f"{platform.machine()}-linux" / "lib"):
+        if (folder / "libcudart_static.a").is_file():
+            break
+    else:
+        raise Unavailable(f"the CUDA runtime (libcudart_static.a) is not under {root}")
+    wanted = os.environ.get("DIFFCAM_CUDA_ARCHS", DEFAULT_CUDA_ARCHS)
+    architectures = [part.strip() for part in wanted.split(";") if part.strip()]
+    if not architectures or not all(re.fullmatch(r"\d{2,3}a?", part) for part in architectures):
+        sys.exit(f"DIFFCAM_CUDA_ARCHS: expected numbers such as {DEFAULT_CUDA_ARCHS!r}; got {wanted!r}")
+    return Nvcc(path, version, folder.resolve(), architectures)
+
+
+def choice(variable: str) -> str:
+    wanted = os.environ.get(variable, "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"{variable}: expected auto, 0 or 1; got {wanted!r}")
+    return wanted
+
+
 def quote(arguments: list[str]) -> str:
     return " ".join(shlex.quote(argument) for argument in arguments)
 
@@ -108,8 +176,9 @@ def quote(arguments: list[str]) -> str:
 class Ninja:
     """Collects compile and link steps, then writes and runs them."""
 
-    def __init__(self, folder: Path, compiler: str, further_flags: list[str]) -> None:
+    def __init__(self, folder: Path, compiler: str, further_flags: list[str], nvcc: Nvcc | None) -> None:
         self.folder = folder
+        self.nvcc = nvcc
         self.further_flags = further_flags
         self.lines = [
             "ninja_required_version = 1.3",
@@ -123,14 +192,29 @@ class Ninja:
             "  command = $compiler -shared $in -o $out $flags",
             "  description = $out",
         ]
+        if nvcc is not None:
+            self.lines += [
+                "rule compile_cuda",
+                f"  command = {nvcc.path} -ccbin {shlex.split(compiler)[0]} -MMD -MF $out.d $flags -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+                "  description = $out",
+            ]
 
     def compile(self, source: Path, name: str, flags: list[str]) -> str:
-        escaped = str(source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
         self.lines += [
-            f"build {name}.o: compile {escaped}",
+            f"build {name}.o: compile {self.escape(source)}",
             f"  flags = {quote([*flags, *self.further_flags])}",
         ]
         return f"{name}.o"
+
+    def compile_cuda(self, source: Path, name: str, flags: list[str]) -> str:
+        self.lines += [f"build {name}.o: compile_cuda {self.escape(source)}", f"  flags = {quote(flags)}"]
+        return f"{name}.o"
+
+    @staticmethod
+    def escape(path: Path) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
     def link(self, name: str, objects: list[str], flags: list[str]) -> Path:
         self.lines += [
@@ -158,9 +242,10 @@ class BuildNative(build_ext):
         return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        wanted = os.environ.get("DIFFCAM_NATIVE", "auto")
-        if wanted not in ("auto", "0", "1"):
-            sys.exit(f"DIFFCAM_NATIVE: expected auto, 0 or 1; got {wanted!r}")
+        wanted = choice("DIFFCAM_NATIVE")
+        wanted_cuda = choice("DIFFCAM_CUDA")
+        self.nvcc = None
+        cuda_reason = None
         try:
             if wanted == "0":
                 raise Unavailable("DIFFCAM_NATIVE=0 asked for no native build")
@@ -174,8 +259,20 @@ class BuildNative(build_ext):
             reason = str(missing)
             self.extensions = []
             print(f"diffcam_fast: no native build, the reference backend will serve. Reason: {reason}")
+        try:
+            if wanted_cuda == "0":
+                raise Unavailable("DIFFCAM_CUDA=0 asked for no CUDA kernels")
+            if reason is not None:
+                raise Unavailable(reason)
+            self.nvcc = find_nvcc()
+        except Unavailable as missing:
+            if wanted_cuda == "1":
+                sys.exit(f"DIFFCAM_CUDA=1, but the CUDA kernels cannot be built: {missing}")
+            cuda_reason = str(missing)
+            if reason is None:
+                print(f"diffcam_fast: no CUDA kernels. Reason: {cuda_reason}")
         super().run()
-        self.write_record(reason)
+        self.write_record(reason, cuda_reason)
 
     def build_extensions(self) -> None:
         if not self.extensions:
@@ -186,12 +283,18 @@ class BuildNative(build_ext):
             f"diffcam_fast: native build with {compiler_version(compiler)}, against PyTorch {torch_version}, "
             f"CPU variants {', '.join(variants)}"
         )
+        if self.nvcc is not None:
+            print(
+                f"diffcam_fast: CUDA kernels with nvcc {self.nvcc.version}, for compute capabilities "
+                f"{', '.join(self.nvcc.architectures)} and PTX for the last"
+            )
         include = [f"-I{SOURCES / 'include'}", f"-I{SOURCES}"]
         # Absolute: ninja runs in its own folder.
         ninja = Ninja(
             (ROOT / self.build_temp / "native").resolve(),
             compiler,
             shlex.split(os.environ.get("CXXFLAGS", "")),
+            self.nvcc,
         )
         defines = [f"-DDIFFCAM_HAS_{name.upper()}" for name in variants]
         kernels = [
@@ -207,6 +310,16 @@ class BuildNative(build_ext):
             for source in sorted((SOURCES / "cpu").glob("*.inc"))
             for name in variants
         ]
+        cuda_kernels, cuda_defines, cuda_libraries = [], [], []
+        if self.nvcc is not None:
+            flags = [*self.nvcc.flags(), *include]
+            cuda_kernels = [
+                ninja.compile_cuda(source, f"{source.stem}_cuda", flags)
+                for source in sorted((SOURCES / "cuda").glob("*.cu"))
+            ]
+            cuda_defines = ["-DDIFFCAM_HAS_CUDA"]
+            # The static runtime: the library then loads where there is no CUDA at all.
+            cuda_libraries = [f"-L{self.nvcc.libraries}", "-lcudart_static", "-lrt", "-ldl", "-pthread"]
         torch_ops = ninja.compile(
             SOURCES / "bindings" / "torch_ops.cpp",
             "torch_ops",
@@ -214,6 +327,7 @@ class BuildNative(build_ext):
                 *COMMON_FLAGS,
                 "-std=c++20",
                 f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+                *cuda_defines,
                 *include,
                 f"-isystem{torch_folder / 'include'}",
             ],
@@ -231,9 +345,16 @@ class BuildNative(build_ext):
             ],
         )
         # A symbol that is missing shall stop the build, not the import.
-        torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-Wl,-z,defs"]
+        torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *cuda_libraries, "-Wl,-z,defs"]
+        if self.nvcc is not None:
+            # Nothing here is defined in libtorch itself, but with a CUDA build of PyTorch it brings libtorch_cuda,
+            # where the weak reference to the current stream is found.
+            torch_libraries += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         built = {
-            "diffcam_fast._ops": ninja.link("ops.so", [torch_ops, *kernels], torch_libraries),
+            # No name of the CUDA runtime inside may meet that of PyTorch's own.
+            "diffcam_fast._ops": ninja.link(
+                "ops.so", [torch_ops, *kernels, *cuda_kernels], [*torch_libraries, "-Wl,--exclude-libs,ALL"]
+            ),
             "diffcam_fast._C": ninja.link("C.so", [numpy_module, *kernels], ["-pthread"]),
         }
         ninja.run(ninja_path)
@@ -251,8 +372,15 @@ class BuildNative(build_ext):
             "cpu_variants": ["default" if name == "standard" else name for name in variants],
         }
 
-    def write_record(self, reason: str | None) -> None:
-        record = {"native": {"built": reason is None, "reason": reason}, **getattr(self, "record", {})}
+    def write_record(self, reason: str | None, cuda_reason: str | None) -> None:
+        cuda = {"built": cuda_reason is None, "reason": cuda_reason}
+        if self.nvcc is not None:
+            cuda |= {"nvcc": self.nvcc.version, "architectures": self.nvcc.architectures}
+        record = {
+            "native": {"built": reason is None, "reason": reason},
+            "cuda": cuda,
+            **getattr(self, "record", {}),
+        }
         folders = [Path(self.build_lib) / "diffcam_fast"]
         if self.inplace or getattr(self, "editable_mode", False):
             folders.append(ROOT / "diffcam_fast")

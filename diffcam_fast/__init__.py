@@ -1,6 +1,7 @@
 """Contrastive class activation maps at full speed.
 
-See the README for a tour, `Explainer` for maps of a model, `cam` and `logit_difference` for the ops beneath it.
+See the README for a tour, `Explainer` for maps of a model, and `cam`, `logit_difference` and
+`overlay` for the ops beneath it.
 """
 
 from diffcam_fast import backends, numpy
@@ -16,7 +17,7 @@ from diffcam_fast.explain import (
     Probability,
     tokens_to_positions,
 )
-from diffcam_fast.ops import LogitDifferenceResult, cam, logit_difference
+from diffcam_fast.ops import LogitDifferenceResult, cam, logit_difference, overlay
 
 __all__ = [
     "Explainer",
@@ -32,10 +33,11 @@ __all__ = [
     "cam",
     "logit_difference",
     "LogitDifferenceResult",
+    "overlay",
     "backends",
     "numpy",
 ]
 
 __version__ = "0.1.0"
 
-backends.force_from_environment()
+backends.arrange_from_environment()

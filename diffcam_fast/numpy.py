@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from diffcam_fast.backends import forced_backend
 from diffcam_fast.ops.cam import cam as cam_on_tensors
-from diffcam_fast.ops.cam import canonical_gradients
 from diffcam_fast.ops.cam import check as check_cam
+from diffcam_fast.ops.cam import has_target_dimension
 from diffcam_fast.ops.logit_difference import check_options, check_range, check_tensors
 from diffcam_fast.ops.logit_difference import logit_difference as logit_difference_on_tensors
 
@@ -117,8 +117,8 @@ def cam(
         return maps.numpy()
     shapes = _shape_only(activations), _shape_only(gradients)
     check_cam(*shapes, method, normalize, eps)
-    canonical, has_targets = canonical_gradients(*shapes)
-    if canonical.dim() != gradients.ndim:
+    has_targets = has_target_dimension(activations.shape, gradients.shape)
+    if not has_targets:
         gradients = gradients[:, None]
     maps = _compiled.cam(
         _items(activations),

@@ -1,6 +1,6 @@
-"""Drawing: maps laid over photos, and one panel that tells why a class was predicted rather than its rivals.
+"""Drawing: one panel that tells why a class was predicted rather than its rivals.
 
-`overlay` needs torch and numpy alone. `panel` and the colormaps of matplotlib need `pip install 'diffcam_fast[cli]'`.
+Needs `pip install 'diffcam_fast[cli]'`. Maps laid over photos are `diffcam_fast.overlay`, which does not.
 """
 
 from __future__ import annotations
@@ -11,137 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffcam_fast.ops.overlay import overlay
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BUILTIN_COLORMAPS = ("jet", "hot")
-"""Names that `overlay` knows without matplotlib."""
-
-_INVALID_COLOR = (1.0, 0.0, 1.0)  # magenta occurs in none of the usual colormaps: a NaN must not pass for "no heat"
-_LEVELS = 256
-
-
-def color_table(name: str) -> Tensor:
-    """Colours of a colormap at 256 equally spaced levels.
-
-    Args:
-        name: "jet" or "hot" (computed here), or the name of any matplotlib colormap.
-
-    Returns:
-        float32 tensor (256, 3), red, green and blue from 0 to 1.
-
-    Raises:
-        ImportError: the name is not built in and matplotlib is not installed.
-        ValueError: matplotlib does not know the name either.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"colormap: got {type(name).__name__}, expected the name of a colormap")
-    level = torch.linspace(0.0, 1.0, _LEVELS)
-    if name == "jet":
-        # Three trapezoids of slope 4, centred on 3/4 (red), 1/2 (green) and 1/4 (blue).
-        return torch.stack([1.5 - (4.0 * level - center).abs() for center in (3.0, 2.0, 1.0)], 1).clamp(0, 1)
-    if name == "hot":
-        return torch.stack([3.0 * level - start for start in (0.0, 1.0, 2.0)], 1).clamp(0, 1)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            f"colormap: {name!r} comes from matplotlib (pip install 'diffcam_fast[cli]'); "
-            f"without it there are {', '.join(BUILTIN_COLORMAPS)}"
-        ) from error
-    if name not in matplotlib.colormaps:
-        raise ValueError(f"colormap: got {name!r}, expected 'jet', 'hot' or a matplotlib colormap such as 'turbo'")
-    return torch.tensor(matplotlib.colormaps[name](level.numpy())[:, :3], dtype=torch.float32)
-
-
-def overlay(images: Tensor, maps: Tensor, colormap: str = "jet", opacity: float = 0.5) -> Tensor:
-    """Lay maps over the images they explain, as heat.
-
-    The heat is as opaque as the map is high, up to `opacity` where the map is 1, so that the photo stays readable
-    where the map is low. Maps of another size than the images are resized to them (bilinear).
-
-    Args:
-        images: (N, 3, H, W) or (N, 1, H, W), floating point from 0 to 1 or uint8; or uint8 (N, H, W, 3).
-        maps: (N, T, h, w), floating point from 0 to 1: T maps for each image. A NaN is drawn in magenta.
-        colormap: "jet", "hot", or the name of a matplotlib colormap.
-        opacity: from 0 (the photo alone) to 1 (nothing of the photo left where the map is 1).
-
-    Returns:
-        uint8 (N, T, H, W, 3), on the device of the maps.
-
-    Raises:
-        TypeError: an argument is not a tensor, or a tensor of the wrong dtype.
-        ValueError: shapes that do not go together, or values outside the ranges above.
-        ImportError: the colormap is one of matplotlib's, and matplotlib is not installed.
-    """
-    if not isinstance(maps, Tensor) or not maps.is_floating_point():
-        raise TypeError(f"maps: got {_describe(maps)}, expected a floating point tensor (N, T, H, W)")
-    if maps.ndim != 4:
-        raise ValueError(f"maps: got shape {tuple(maps.shape)}, expected (N, T, H, W)")
-    if not 0.0 <= opacity <= 1.0:
-        raise ValueError(f"opacity: got {opacity}, expected a number from 0 to 1")
-    table = color_table(colormap).to(maps.device)
-    photos = _unit_images(images).to(maps.device)
-    if photos.shape[0] != maps.shape[0]:
-        raise ValueError(f"images: got {photos.shape[0]} images for {maps.shape[0]} rows of maps, expected as many")
-    height, width = photos.shape[1:3]
-    heat = maps.detach().float()
-    _check_range("maps", heat, "maps of normalize='minmax' or 'max', with ReLU, are")
-    if heat.numel() == 0:
-        heat = heat.new_zeros((*maps.shape[:2], height, width))
-    elif heat.shape[-2:] != (height, width):
-        heat = torch.nn.functional.interpolate(heat, (height, width), mode="bilinear", align_corners=False)
-
-    result = torch.empty((*maps.shape[:2], height, width, 3), dtype=torch.uint8, device=maps.device)
-    invalid_color = torch.tensor(_INVALID_COLOR, device=maps.device)
-    for target in range(maps.shape[1]):  # one target at a time: a thousand classes never need a thousand float photos
-        level = heat[:, target].clamp(0, 1)
-        invalid = level.isnan()
-        level = level.masked_fill(invalid, 0.0)
-        color = table[(level * (_LEVELS - 1)).round().long()]
-        weight = (opacity * level)[..., None]
-        blended = torch.lerp(photos, color, weight)
-        blended = torch.where(invalid[..., None], invalid_color, blended)
-        result[:, target] = (blended * 255).round().to(torch.uint8)
-    return result
-
-
-def _unit_images(images: Tensor) -> Tensor:
-    """Any of the accepted image layouts as float32 (N, H, W, 3) from 0 to 1."""
-    if not isinstance(images, Tensor) or not (images.is_floating_point() or images.dtype == torch.uint8):
-        raise TypeError(f"images: got {_describe(images)}, expected a floating point or uint8 tensor")
-    expected = "expected (N, 3, H, W), (N, 1, H, W) or, in uint8, (N, H, W, 3)"
-    if images.ndim != 4:
-        raise ValueError(f"images: got shape {tuple(images.shape)}, {expected}")
-    if images.shape[1] in (1, 3):
-        photos = images.permute(0, 2, 3, 1)
-    elif images.shape[3] == 3 and images.dtype == torch.uint8:
-        photos = images
-    else:
-        raise ValueError(f"images: got shape {tuple(images.shape)} of {images.dtype}, {expected}")
-    photos = photos.detach().float()
-    if images.dtype == torch.uint8:
-        photos = photos / 255
-    else:
-        _check_range("images", photos, "undo the normalisation that the model wants: pixels are")
-    return photos.clamp(0, 1).expand(*photos.shape[:3], 3)
-
-
-def _check_range(argument: str, values: Tensor, hint: str) -> None:
-    finite = values[values.isfinite()]
-    if finite.numel() == 0:
-        return
-    low, high = (float(value) for value in finite.aminmax())
-    slack = 1e-2  # half precisions and interpolation overshoot a little
-    if low < -slack or high > 1 + slack:
-        raise ValueError(f"{argument}: got values from {low:.4g} to {high:.4g}, expected 0 to 1 ({hint} from 0 to 1)")
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
-
-
-# --- the panel --------------------------------------------------------------------------------------------------------
 
 _INK, _MUTED, _RULE, _ACCENT, _TRACK = "#1b1f24", "#636c76", "#d8dee4", "#1f5fbf", "#eef1f4"
 _FONT = "DejaVu Sans"  # comes with matplotlib, so that every machine draws the same panel
@@ -182,8 +55,8 @@ def panel(
         subtitle: what the reader should know besides, such as model, method and which part of the photo is shown.
         overall: what the first map compares the prediction with, after "rather than".
         score_name: what the first of `differences` is.
-        colormap: see `overlay`.
-        opacity: see `overlay`.
+        colormap: see `diffcam_fast.overlay`.
+        opacity: see `diffcam_fast.overlay`.
 
     Returns:
         A matplotlib figure with an Agg canvas, for `figure.savefig("panel.png")`. pyplot and its global state are
@@ -191,7 +64,7 @@ def panel(
 
     Raises:
         ImportError: matplotlib is not installed.
-        TypeError, ValueError: arguments that do not go together; see also `overlay`.
+        TypeError, ValueError: arguments that do not go together; see also `diffcam_fast.overlay`.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -206,9 +79,10 @@ def panel(
         if len(values) != maps.shape[0]:
             raise ValueError(f"{argument}: got {len(values)} for {maps.shape[0]} maps, expected as many")
 
-    tiles = overlay(photo[None], maps[None].cpu(), colormap, opacity)[0]
+    images, heat = photo[None].cpu(), maps[None].cpu()
+    tiles = overlay(heat, images, colormap=colormap, opacity=opacity, normalize=None)[0]
+    picture = overlay(torch.zeros_like(heat[:, 0]), images)[0]
     empty = (maps.flatten(1).amax(1) <= 0).tolist()
-    picture = (_unit_images(photo[None])[0] * 255).round().to(torch.uint8).cpu()
     aspect = picture.shape[0] / picture.shape[1]
     tile_width = (_WIDTH - 2 * _MARGIN - (_COLUMNS - 1) * _GAP) / _COLUMNS
     tile_height = tile_width * aspect
@@ -277,13 +151,14 @@ def _draw_probabilities(
 
 def _draw_legend(sheet: _Sheet, x: float, y: float, width: float, colormap: str, opacity: float) -> None:
     """The colours exactly as they lie over the photo, from a position that says nothing to a map's strongest."""
-    grey = torch.full((1, 1, 1, _LEVELS), 0.55)
-    ramp = torch.linspace(0, 1, _LEVELS)[None, None, None]
+    ramp = torch.linspace(0, 1, 256)[None, None]
+    grey = torch.full((1, 1, *ramp.shape[1:]), 0.55)
+    colors = overlay(ramp, grey, colormap=colormap, opacity=opacity, normalize=None)[0]
     low, high = "nothing", "strongest in each map"
     low_width, high_width = (sheet.measure(label, 9, "normal") for label in (low, high))
     sheet.text(x, y, low, 9, _MUTED)
     bar_width = width - low_width - high_width - 0.2
-    sheet.image(overlay(grey, ramp, colormap, opacity)[0, 0], x + low_width + 0.1, y - 0.07, bar_width, 0.14)
+    sheet.image(colors, x + low_width + 0.1, y - 0.07, bar_width, 0.14)
     sheet.text(x + width, y, high, 9, _MUTED, align="right")
 
 

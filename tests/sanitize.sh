@@ -15,7 +15,8 @@ cd "$copy"
 
 # -O1: instrumented code is slow to compile at more, and finds no more.
 flags="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
-DIFFCAM_NATIVE=1 CXXFLAGS="$flags" "$python" setup.py --quiet build_ext --inplace
+# The CUDA kernels have their own run under sanitizers, in tests/cuda.
+DIFFCAM_NATIVE=1 DIFFCAM_CUDA=0 CXXFLAGS="$flags" "$python" setup.py --quiet build_ext --inplace
 
 library() { "${CXX:-c++}" -print-file-name="$1"; }
 export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so)"

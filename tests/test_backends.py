@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_compiled_graph_honours_a_backend_forced_later(counted: list[str]) -> 
 
 def test_unknown_backend() -> None:
     with (
-        pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu; got 'gpu'"),
+        pytest.raises(ValueError, match="backend: expected one of auto, reference, cpu, cuda, triton; got 'gpu'"),
         backends.use_backend("gpu"),
     ):
         pass
@@ -100,13 +101,37 @@ def test_a_forced_backend_says_why_it_cannot_serve() -> None:
         backends._refuse("cam", (on_another_device, on_another_device))
 
 
+@pytest.mark.parametrize(
+    ("missing", "expected"), [((), "cuda"), (("cuda",), "triton"), (("cuda", "triton"), "reference")]
+)
+def test_the_best_backend_that_is_there_serves_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...], expected: str
+) -> None:
+    reasons = {name: "not here" if name in missing else None for name in ("cuda", "triton")}
+    monkeypatch.setattr(native, "cuda_absent_because", lambda: reasons["cuda"])
+    monkeypatch.setattr(backends.triton, "absent_because", lambda: reasons["triton"])
+    assert backends._chosen("CUDA", None) == expected
+    assert backends._chosen("CUDA", "reference") == "reference"
+    assert backends._chosen("CUDA", "cpu") is None
+    for name, reason in reasons.items():
+        assert backends._chosen("CUDA", name) == (None if reason else name)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_backend_that_cannot_be_forced_says_why(backend: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"backend '{backend}' is not available: ."), backends.use_backend(backend):
+        pass
+    assert backends.forced_backend() is None
+
+
 @compiled
 def test_environment_forces_a_backend() -> None:
     code = "import diffcam_fast as d; print(d.backends.forced_backend())"
     assert _run(code, DIFFCAM_BACKEND="reference").stdout.strip() == "reference"
     wrong = _run(code, DIFFCAM_BACKEND="gpu")
     assert wrong.stdout.strip() == "None"
-    assert "DIFFCAM_BACKEND=gpu: backend: expected one of auto, reference, cpu" in wrong.stderr
+    assert "DIFFCAM_BACKEND=gpu: backend: expected one of auto, reference, cpu, cuda, triton" in wrong.stderr
 
 
 @compiled
@@ -149,6 +174,7 @@ def test_importing_needs_torch_and_numpy_alone() -> None:
         "pip",
         "ninja",
         "pybind11",
+        "triton",
     }
 
 
@@ -200,18 +226,38 @@ def test_without_a_compiler_the_package_builds_and_works(
     assert forced.returncode == 0 and "backend 'cpu' is not available: the build left it out" in forced.stderr
 
 
-def test_a_missing_compiler_is_an_error_when_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        (
+            {"DIFFCAM_NATIVE": "1", "CXX": "no-such-compiler"},
+            "DIFFCAM_NATIVE=1, but the native part cannot be built: no C++ compiler",
+        ),
+        (
+            {"DIFFCAM_CUDA": "1", "CUDA_HOME": "", "NVCC": "", "PATH": "{tools}"},
+            "DIFFCAM_CUDA=1, but the CUDA kernels cannot be built: no CUDA compiler",
+        ),
+        ({"DIFFCAM_CUDA": "yes"}, "DIFFCAM_CUDA: expected auto, 0 or 1; got 'yes'"),
+    ],
+)
+def test_what_is_missing_is_an_error_when_asked_for(tmp_path: Path, environment: dict[str, str], reason: str) -> None:
     _copy_package(tmp_path)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("c++", "ninja"):
+        found = shutil.which(tool, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if found is not None:
+            (tools / tool).symlink_to(found)
     built = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=tmp_path,
-        env={**os.environ, "DIFFCAM_NATIVE": "1", "CXX": "no-such-compiler"},
+        env={**os.environ, **{name: value.format(tools=tools) for name, value in environment.items()}},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert built.returncode != 0
-    assert "DIFFCAM_NATIVE=1, but the native part cannot be built: no C++ compiler" in built.stderr
+    assert reason in built.stderr
 
 
 def _copy_package(folder: Path) -> None:

@@ -19,3 +19,12 @@ REORDERED_SUM = 1e-5
 
 #: Maps of whole networks against another library's, as a share of range.
 PEER_SHARE_OF_RANGE = 1e-4
+
+#: Values of pictures in uint8: two orders of rounding, and another library's.
+PIXEL = 1
+
+#: Triton's interpreter cuts off what does not fit into bfloat16: one unit in its last place, as a share of the largest.
+INTERPRETED_BFLOAT16 = 2**-7
+
+#: Maps of a drop-in against the library whose names it has, as a share of range: what users are promised.
+COMPAT_SHARE_OF_RANGE = 1e-5

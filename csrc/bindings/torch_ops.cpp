@@ -3,6 +3,7 @@
 // Schemas, shape inference and autograd are written in Python, where the same ops also exist without this
 // library.
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -16,8 +17,10 @@
 
 #include "diffcam/cam.h"
 #include "diffcam/cpu_capability.h"
+#include "diffcam/cuda.h"
 #include "diffcam/logit_difference.h"
 #include "diffcam/names.h"
+#include "diffcam/overlay.h"
 
 namespace diffcam {
 
@@ -41,6 +44,12 @@ struct torch::stable::detail::ToImpl<diffcam::Name> {
         return name;
     }
 };
+
+#ifdef DIFFCAM_HAS_CUDA
+// Weak: a CPU build of PyTorch does not have it, and loads this library all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                                   void** stream);
+#endif
 
 namespace {
 
@@ -81,6 +90,59 @@ diffcam::Parallel torch_threads() {
     return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
 
+// Whether a call goes to the GPU, which is possible only where its kernels were compiled.
+bool on_gpu(const Tensor& tensor) {
+#ifdef DIFFCAM_HAS_CUDA
+    return tensor.is_cuda();
+#else
+    (void)tensor;
+    return false;
+#endif
+}
+
+void check_device(const Tensor& tensor, const Tensor& first, const char* name) {
+    STD_TORCH_CHECK(first.is_cpu() || on_gpu(first), "expected CPU or CUDA tensors");
+    STD_TORCH_CHECK(tensor.device() == first.device(), name, ": expected the device of the first argument");
+}
+
+#ifdef DIFFCAM_HAS_CUDA
+// The current stream of a tensor's device, which is the current device as long as this lives.
+class Gpu {
+  public:
+    explicit Gpu(const Tensor& tensor) : tensor_(tensor), guard_(tensor.get_device_index()) {
+        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
+        void* stream = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+        check(diffcam::cuda_queue(tensor.get_device_index(), stream, &queue));
+        constexpr int kOldest = 80;
+        STD_TORCH_CHECK(queue.capability >= kOldest,
+                        "the compiled kernels need compute capability 8.0; device ",
+                        tensor.get_device_index(), " has ", queue.capability / 10, ".", queue.capability % 10,
+                        ": force the backend triton or reference");
+    }
+
+    // Memory from PyTorch's allocator, as long as this lives; null for no bytes.
+    void* scratch(int64_t bytes) {
+        if (bytes == 0) return nullptr;
+        scratch_ = empty({bytes}, ScalarType::Byte, tensor_);
+        return scratch_->mutable_data_ptr();
+    }
+
+    static void check(int error) {
+        STD_TORCH_CHECK(error == 0, "CUDA error ", error, ": ", diffcam::cuda_error_text(error));
+    }
+
+    diffcam::CudaQueue queue{};
+
+  private:
+    const Tensor& tensor_;
+    // Freed when the call returns: the allocator hands memory on in the order of the stream, so not before
+    // the work queued here is done with it.
+    std::optional<Tensor> scratch_;
+    torch::stable::accelerator::DeviceGuard guard_;
+};
+#endif
+
 // Strides of the last dimensions, right-aligned: networks with fewer than three spatial dimensions have
 // leading ones.
 template <typename AnyView>
@@ -114,7 +176,7 @@ diffcam::CamShape cam_shape(const Tensor& activations, const Tensor& gradients) 
     const bool constant = gradients.dim() == 3;
     STD_TORCH_CHECK(constant || gradients.dim() == 3 + rank,
                     "gradients: expected (N, T, C, *S) or (N, T, C); got ", gradients.dim(), " dimensions");
-    STD_TORCH_CHECK(activations.is_cpu() && gradients.is_cpu(), "expected CPU tensors");
+    check_device(gradients, activations, "gradients");
     STD_TORCH_CHECK(activations.scalar_type() == gradients.scalar_type(),
                     "gradients: expected the dtype of activations");
     STD_TORCH_CHECK(gradients.size(0) == activations.size(0) && gradients.size(2) == activations.size(1),
@@ -150,8 +212,19 @@ Tensor cam(const Tensor& activations, const Tensor& gradients, const Name& metho
     STD_TORCH_CHECK(diffcam::parse_normalization(normalize.text.c_str(), &parsed_normalize),
                     "normalize: unknown name ", normalize.text);
     Tensor maps = empty(map_sizes(activations, gradients), accumulation_type(shape.type), activations);
-    diffcam::cam_cpu(shape, activations_view(activations), gradients_view(gradients), parsed_method, relu,
-                     parsed_normalize, eps, maps.mutable_data_ptr(), torch_threads());
+    const diffcam::ConstView a = activations_view(activations);
+    const diffcam::ConstView g = gradients_view(gradients);
+#ifdef DIFFCAM_HAS_CUDA
+    if (on_gpu(activations)) {
+        Gpu gpu(activations);
+        void* scratch = gpu.scratch(diffcam::cam_cuda_scratch_bytes(shape, a, g, parsed_method, gpu.queue));
+        Gpu::check(diffcam::cam_cuda(shape, a, g, parsed_method, relu, parsed_normalize, eps,
+                                     maps.mutable_data_ptr(), scratch, gpu.queue));
+        return maps;
+    }
+#endif
+    diffcam::cam_cpu(shape, a, g, parsed_method, relu, parsed_normalize, eps, maps.mutable_data_ptr(),
+                     torch_threads());
     return maps;
 }
 
@@ -162,8 +235,9 @@ std::tuple<Tensor, Tensor> cam_backward(const Tensor& grad_raw, const Tensor& ac
     diffcam::CamMethod parsed_method;
     STD_TORCH_CHECK(diffcam::parse_method(method.text.c_str(), &parsed_method), "method: unknown name ",
                     method.text);
-    STD_TORCH_CHECK(grad_raw.is_cpu() && grad_raw.scalar_type() == accumulation_type(shape.type),
-                    "grad_raw: expected a CPU tensor of the maps' dtype");
+    check_device(grad_raw, activations, "grad_raw");
+    STD_TORCH_CHECK(grad_raw.scalar_type() == accumulation_type(shape.type),
+                    "grad_raw: expected the maps' dtype");
     const std::vector<int64_t> sizes = map_sizes(activations, gradients);
     bool matches = grad_raw.dim() == static_cast<int64_t>(sizes.size());
     for (int64_t i = 0; matches && i < grad_raw.dim(); ++i) matches = grad_raw.size(i) == sizes[i];
@@ -191,9 +265,20 @@ std::tuple<Tensor, Tensor> cam_backward(const Tensor& grad_raw, const Tensor& ac
                          {}};
         set_spatial_strides(gradients_out, grad_gradients, 3);
     }
-    diffcam::cam_backward_cpu(shape, grad.const_data_ptr(), activations_view(activations),
-                              gradients_view(gradients), parsed_method, activations_out, gradients_out,
-                              torch_threads());
+    const diffcam::ConstView a = activations_view(activations);
+    const diffcam::ConstView g = gradients_view(gradients);
+#ifdef DIFFCAM_HAS_CUDA
+    if (on_gpu(activations)) {
+        Gpu gpu(activations);
+        void* scratch = gpu.scratch(diffcam::cam_backward_cuda_scratch_bytes(
+            shape, a, g, parsed_method, for_activations, for_gradients, gpu.queue));
+        Gpu::check(diffcam::cam_backward_cuda(shape, grad.const_data_ptr(), a, g, parsed_method,
+                                              activations_out, gradients_out, scratch, gpu.queue));
+        return {grad_activations, grad_gradients};
+    }
+#endif
+    diffcam::cam_backward_cpu(shape, grad.const_data_ptr(), a, g, parsed_method, activations_out,
+                              gradients_out, torch_threads());
     return {grad_activations, grad_gradients};
 }
 
@@ -201,7 +286,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits
                                                             const Name& baseline, int64_t top_k,
                                                             double temperature, double alpha,
                                                             std::vector<int64_t> ranks) {
-    STD_TORCH_CHECK(logits.is_cpu() && classes.is_cpu(), "expected CPU tensors");
+    check_device(classes, logits, "classes");
     STD_TORCH_CHECK(logits.dim() == 2 && classes.dim() == 2 && classes.size(0) == logits.size(0),
                     "expected logits (N, K) and classes (N, T)");
     STD_TORCH_CHECK(classes.scalar_type() == ScalarType::Long, "classes: expected int64");
@@ -218,7 +303,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits
     }
     const Tensor chosen = torch::stable::contiguous(classes);
     const int64_t* chosen_classes = static_cast<const int64_t*>(chosen.const_data_ptr());
-    for (int64_t i = 0; i < shape.images * shape.targets; ++i) {
+    // Classes on a GPU are not read here: that would wait for it.
+    for (int64_t i = 0; classes.is_cpu() && i < shape.images * shape.targets; ++i) {
         STD_TORCH_CHECK(chosen_classes[i] >= 0 && chosen_classes[i] < shape.classes,
                         "classes: expected 0 to ", shape.classes - 1, "; got ", chosen_classes[i]);
     }
@@ -230,12 +316,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> logit_difference(const Tensor& logits
     Tensor cotangent = empty({shape.images, shape.targets, shape.classes}, type, logits);
     Tensor rival_classes = empty({shape.images, shape.targets, rivals}, ScalarType::Long, logits);
     Tensor differences = empty({shape.images, shape.targets, rivals}, type, logits);
-    diffcam::logit_difference_cpu(
-        shape, logits.const_data_ptr(), logits.stride(0), logits.stride(1), chosen_classes, options,
-        {delta.mutable_data_ptr(), cotangent.mutable_data_ptr(),
-         static_cast<int64_t*>(rival_classes.mutable_data_ptr()), differences.mutable_data_ptr()},
-        torch_threads());
+    const diffcam::LogitDifferenceResult result{delta.mutable_data_ptr(), cotangent.mutable_data_ptr(),
+                                                static_cast<int64_t*>(rival_classes.mutable_data_ptr()),
+                                                differences.mutable_data_ptr()};
+#ifdef DIFFCAM_HAS_CUDA
+    if (on_gpu(logits)) {
+        STD_TORCH_CHECK(options.rank_count <= diffcam::kMostCudaRanks, "ranks: expected at most ",
+                        diffcam::kMostCudaRanks, " on a GPU; got ", options.rank_count);
+        Gpu gpu(logits);
+        void* scratch = gpu.scratch(diffcam::logit_difference_cuda_scratch_bytes(shape, options, gpu.queue));
+        Gpu::check(diffcam::logit_difference_cuda(shape, logits.const_data_ptr(), logits.stride(0),
+                                                  logits.stride(1), chosen_classes, options, result, scratch,
+                                                  gpu.queue));
+        return {delta, cotangent, rival_classes, differences};
+    }
+#endif
+    diffcam::logit_difference_cpu(shape, logits.const_data_ptr(), logits.stride(0), logits.stride(1),
+                                  chosen_classes, options, result, torch_threads());
     return {delta, cotangent, rival_classes, differences};
+}
+
+diffcam::PixelType pixel_type(const Tensor& images) {
+    if (images.scalar_type() == ScalarType::Byte) return diffcam::PixelType::uint8;
+    return static_cast<diffcam::PixelType>(scalar_type(images, "images"));
+}
+
+Tensor overlay(const Tensor& maps, const Tensor& images, const Tensor& table, double opacity,
+               const Name& normalize, const Name& blend, double eps) {
+    STD_TORCH_CHECK(maps.dim() == 4 && images.dim() == 4 && images.size(1) == 3,
+                    "expected maps (N, T, h, w) and images (N, 3, H, W)");
+    STD_TORCH_CHECK(maps.size(0) == images.size(0), "maps: expected as many rows as there are images");
+    STD_TORCH_CHECK(maps.size(2) > 0 && maps.size(3) > 0, "maps: expected at least one position");
+    STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == diffcam::kOverlayColors && table.size(1) == 3 &&
+                        table.scalar_type() == ScalarType::Float,
+                    "table: expected float32 (", diffcam::kOverlayColors, ", 3)");
+    STD_TORCH_CHECK(opacity >= 0 && opacity <= 1, "opacity: expected 0 to 1");
+    check_device(images, maps, "images");
+    check_device(table, maps, "table");
+    const diffcam::OverlayShape shape{maps.size(0),
+                                      maps.size(1),
+                                      maps.size(2),
+                                      maps.size(3),
+                                      images.size(2),
+                                      images.size(3),
+                                      scalar_type(maps, "maps"),
+                                      pixel_type(images)};
+    diffcam::OverlayOptions options{static_cast<float>(opacity), {}, {}, eps};
+    STD_TORCH_CHECK(diffcam::parse_normalization(normalize.text.c_str(), &options.normalize),
+                    "normalize: unknown name ", normalize.text);
+    STD_TORCH_CHECK(diffcam::parse_blend(blend.text.c_str(), &options.blend), "blend: unknown name ",
+                    blend.text);
+    const diffcam::ConstView map_view{
+        maps.const_data_ptr(), maps.stride(0), maps.stride(1), 0, {0, maps.stride(2), maps.stride(3)}};
+    const diffcam::ConstView image_view{images.const_data_ptr(),
+                                        images.stride(0),
+                                        0,
+                                        images.stride(1),
+                                        {0, images.stride(2), images.stride(3)}};
+    const Tensor colors = torch::stable::contiguous(table);
+    const float* color_values = static_cast<const float*>(colors.const_data_ptr());
+    Tensor pictures =
+        empty({shape.images, shape.targets, shape.height, shape.width, 3}, ScalarType::Byte, maps);
+    uint8_t* bytes = static_cast<uint8_t*>(pictures.mutable_data_ptr());
+#ifdef DIFFCAM_HAS_CUDA
+    if (on_gpu(maps)) {
+        Gpu gpu(maps);
+        void* scratch = gpu.scratch(diffcam::overlay_cuda_scratch_bytes(shape, options, gpu.queue));
+        Gpu::check(diffcam::overlay_cuda(shape, map_view, image_view, color_values, options, bytes, scratch,
+                                         gpu.queue));
+        return pictures;
+    }
+#endif
+    diffcam::overlay_cpu(shape, map_view, image_view, color_values, options, bytes, torch_threads());
+    return pictures;
 }
 
 // Asks for a variant by its number, or for none with -1, and says which one is in use.
@@ -250,7 +403,17 @@ STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CPU, library) {
     library.impl("cam", TORCH_BOX(&cam));
     library.impl("cam_backward", TORCH_BOX(&cam_backward));
     library.impl("logit_difference", TORCH_BOX(&logit_difference));
+    library.impl("overlay", TORCH_BOX(&overlay));
 }
+
+#ifdef DIFFCAM_HAS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CUDA, library) {
+    library.impl("cam", TORCH_BOX(&cam));
+    library.impl("cam_backward", TORCH_BOX(&cam_backward));
+    library.impl("logit_difference", TORCH_BOX(&logit_difference));
+    library.impl("overlay", TORCH_BOX(&overlay));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CompositeExplicitAutograd, library) {
     library.impl("cpu_capability", TORCH_BOX(&cpu_capability));

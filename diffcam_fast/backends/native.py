@@ -52,6 +52,27 @@ def _load() -> str | None:
 absent_because: str | None = _load()
 
 
+#: Whether the library brought CUDA kernels. Asked here, before anything can be put in their place.
+built_for_cuda: bool = absent_because is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+    f"{NAMESPACE}::cam", "CUDA"
+)
+
+
+def cuda_absent_because() -> str | None:
+    """Why there are no CUDA kernels for this process, or None when there are."""
+    if absent_because is not None:
+        return absent_because
+    if not built_for_cuda:
+        record = build_record()
+        reason = None if record is None else record.get("cuda", {}).get("reason")
+        return f"the build left the CUDA kernels out: {reason or 'it did not say why'}"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for AMD GPUs, the compiled kernels are for NVIDIA's"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return None
+
+
 def cpu_capability() -> str | None:
     """The instruction-set variant of the compiled kernels in use: default, avx2 or avx512; None without them."""
     if absent_because is not None:

@@ -18,6 +18,7 @@ from diffcam_fast.cli.settings import COMPARED_WITH, DTYPES, SCORE_NAMES, Settin
 from diffcam_fast.cli.text import displayed, one_line
 from diffcam_fast.explain import Explainer, LogitDifference, Target, tokens_to_positions
 from diffcam_fast.models import class_name, find_class, load_model
+from diffcam_fast.ops.overlay import overlay
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,7 +195,8 @@ class PhotoExplainer:
     def draw(self, photo: SeenPhoto, answer: Answer, record: dict[str, Any]) -> dict[str, bytes]:
         """The photo's pictures as PNG, by file name."""
         settings = self.settings
-        overlays = viz.overlay(photo.pixels[None], answer.maps[None], settings.colormap, settings.opacity)[0]
+        style: dict[str, Any] = {"colormap": settings.colormap, "opacity": settings.opacity}
+        overlays = overlay(answer.maps[None], photo.pixels[None], normalize=None, **style)[0]
         pictures = {entry["overlay"]: _png(picture) for entry, picture in zip(record["classes"], overlays, strict=True)}
         shown = [record["prediction"], *record["rivals"]]
         width, height = photo.size
@@ -210,8 +212,7 @@ class PhotoExplainer:
             f"\N{MIDDLE DOT}  {part} of {width} \N{MULTIPLICATION SIGN} {height} pixels",
             overall=COMPARED_WITH[settings.target],
             score_name=SCORE_NAMES[settings.target],
-            colormap=settings.colormap,
-            opacity=settings.opacity,
+            **style,
         )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")

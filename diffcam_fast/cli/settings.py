@@ -10,6 +10,7 @@ import torch
 from diffcam_fast import viz
 from diffcam_fast.explain import Finer, Logit, LogitDifference, LogProbability, Probability, Target
 from diffcam_fast.models.preprocessing import FITS
+from diffcam_fast.ops.colormaps import color_table
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 _PLAIN_TARGETS = {
@@ -74,7 +75,7 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--fit: got {settings.fit!r}, expected one of {', '.join(FITS)}")
     if not 0.0 <= settings.opacity <= 1.0:
         raise ValueError(f"--opacity: got {settings.opacity}, expected a number from 0 to 1")
-    viz.color_table(settings.colormap)
+    color_table(settings.colormap)
 
 
 def find_device(name: str) -> torch.device:

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from diffcam_fast.explain.finishing import EPS, finished
 from diffcam_fast.explain.positions import check_size
-from diffcam_fast.reference.cam import finish
-from diffcam_fast.viz import overlay
-
-EPS = 1e-7
-"""Added to the denominator where maps are normalised, as in `diffcam_fast.cam`."""
+from diffcam_fast.ops.overlay import overlay
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -93,27 +90,55 @@ class Explanation:
             return resized[0]
         return self._finish(torch.stack(resized).mean(0))
 
-    def overlay(self, images: Tensor, colormap: str = "jet", opacity: float = 0.5) -> Tensor:
-        """The maps laid over the images as heat.
+    def overlay(
+        self, images: Tensor, colormap: str | Tensor = "jet", opacity: float = 0.5, *, blend: str = "proportional"
+    ) -> Tensor:
+        """The maps laid over the images as heat, resized to them whatever the size of `maps`.
 
         Args:
-            images: pixels, not normalised for the network: see `diffcam_fast.viz.overlay`.
-            colormap: name of a colormap.
+            images: pixels, not normalised for the network: see `diffcam_fast.overlay`. Moved to the maps' device.
+            colormap: name of a colormap, or a table of colours.
             opacity: from 0 (the image alone) to 1.
+            blend: "proportional" or "uniform".
 
         Returns:
             uint8 ``(N, T, H, W, 3)``.
 
         Raises:
             TypeError: images of a dtype that is not understood.
-            ValueError: shapes or values that do not fit, as for maps that are not normalised.
+            ValueError: shapes or values that do not fit, as for maps that are not normalised, or maps without
+                exactly two spatial dimensions.
         """
-        return overlay(images, self.maps, colormap=colormap, opacity=opacity)
+        maps = next(iter(self.layer_maps.values())) if len(self.layer_maps) == 1 else self.maps
+        if maps.dim() != 4:
+            raise ValueError(f"maps: expected two spatial dimensions, to lie over images; got {tuple(maps.shape)}")
+        if isinstance(images, Tensor):
+            images = images.to(maps.device)
+        return overlay(
+            maps, images, colormap=colormap, opacity=opacity, normalize=self._normalize, blend=blend, eps=EPS
+        )
 
     def numpy(self) -> np.ndarray:
         """`maps` as an array on the host. Waits for the device."""
         array: np.ndarray = self.maps.numpy(force=True)
         return array
+
+    def copied(self) -> Explanation:
+        """The same in memory of its own, with the maps where they were asked for before."""
+        copy = Explanation(
+            {name: maps.clone() for name, maps in self.layer_maps.items()},
+            self.logits.clone(),
+            self.classes.clone(),
+            None if self.rivals is None else self.rivals.clone(),
+            self.delta.clone(),
+            size=self._size,
+            normalize=self._normalize,
+        )
+        maps = self.__dict__.get("maps")
+        if maps is not None:
+            same = [name for name, layer_maps in self.layer_maps.items() if layer_maps is maps]
+            copy.__dict__["maps"] = copy.layer_maps[same[0]] if same else maps.clone()
+        return copy
 
     def __repr__(self) -> str:
         count, targets = self.delta.shape
@@ -130,7 +155,7 @@ class Explanation:
         return self._finish(functional.interpolate(maps, size, mode=mode, align_corners=False))
 
     def _finish(self, maps: Tensor) -> Tensor:
-        return finish(maps, False, "none" if self._normalize is None else self._normalize, EPS)
+        return maps if self._normalize is None else finished(maps, False, self._normalize)
 
 
 def largest(sizes: Sequence[Sequence[int]]) -> tuple[int, ...]:

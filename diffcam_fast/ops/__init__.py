@@ -2,5 +2,6 @@
 
 from diffcam_fast.ops.cam import cam
 from diffcam_fast.ops.logit_difference import LogitDifferenceResult, logit_difference
+from diffcam_fast.ops.overlay import overlay
 
-__all__ = ["LogitDifferenceResult", "cam", "logit_difference"]
+__all__ = ["LogitDifferenceResult", "cam", "logit_difference", "overlay"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -63,24 +65,22 @@ def cam(
         ValueError: ranks or shapes do not match, devices differ, or ``method``, ``normalize`` or ``eps`` is not valid.
     """
     check(activations, gradients, method, normalize, eps)
-    canonical, has_targets = canonical_gradients(activations, gradients)
+    has_targets = has_target_dimension(activations.shape, gradients.shape)
     name = "none" if normalize is None else normalize
     op = getattr(torch.ops, NAMESPACE).cam.default
     if torch.is_grad_enabled() and (activations.requires_grad or gradients.requires_grad):
         # The finish is small: PyTorch differentiates it, and the backward need not compute the raw map again.
-        raw = op(activations, canonical, method, False, "none", eps)
+        raw = op(activations, gradients if has_targets else gradients.unsqueeze(1), method, False, "none", eps)
         maps = reference.finish(raw, relu, name, eps)
-    elif torch.compiler.is_compiling():
-        maps = op(activations, canonical, method, relu, name, eps)
-    else:
-        # A Python autograd formula costs microseconds even where nothing requires a gradient.
-        with torch._C._AutoDispatchBelowAutograd():
-            maps = op(activations, canonical, method, relu, name, eps)
-    return maps if has_targets else maps.squeeze(1)
+        return maps if has_targets else maps.squeeze(1)
+    # A Python autograd formula costs microseconds even where nothing requires a gradient.
+    with nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd():
+        maps = op(activations, gradients if has_targets else gradients.unsqueeze(1), method, relu, name, eps)
+        return maps if has_targets else maps.squeeze(1)
 
 
 def check(activations: Any, gradients: Any, method: str, normalize: str | None, eps: float) -> None:
-    """Raise for arguments of `cam` that are not valid, shapes aside; see `canonical_gradients` for those."""
+    """Raise for arguments of `cam` that are not valid, shapes aside; see `has_target_dimension` for those."""
     for name, value in (("activations", activations), ("gradients", gradients)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor; got {type(value).__name__}")
@@ -103,22 +103,24 @@ def check(activations: Any, gradients: Any, method: str, normalize: str | None, 
         raise ValueError(f"eps: expected a positive number; got {eps!r}")
 
 
-def canonical_gradients(activations: Tensor, gradients: Tensor) -> tuple[Tensor, bool]:
-    """Gradients as (N, T, C, *S) or (N, T, C), and whether they came with a target dimension."""
-    shape, expected = gradients.shape, activations.shape
-    if shape == expected:
-        return gradients.unsqueeze(1), False
+def has_target_dimension(activations: Sequence[int], gradients: Sequence[int]) -> bool:
+    """Whether gradients of this shape are (N, T, C, *S) or (N, T, C), and not (N, C, *S) or (N, C).
+
+    Raises:
+        ValueError: they are none of these for activations of the other shape.
+    """
+    shape, expected = tuple(gradients), tuple(activations)
     images, channels = expected[:2]
+    if shape in (expected, expected[:2]):
+        return False
     if len(shape) == len(expected) + 1 and shape[0] == images and shape[2:] == expected[1:]:
-        return gradients, True
-    if len(shape) == 2 and shape == expected[:2]:
-        return gradients.unsqueeze(1), False
+        return True
     if len(shape) == 3 and shape[0] == images and shape[2] == channels:
-        return gradients, True
+        return True
     positions = ", ".join(str(size) for size in expected[2:])
     raise ValueError(
         f"gradients: expected shape ({images}, {channels}, {positions}), ({images}, T, {channels}, {positions}), "
-        f"({images}, {channels}) or ({images}, T, {channels}) for activations {tuple(expected)}; got {tuple(shape)}"
+        f"({images}, {channels}) or ({images}, T, {channels}) for activations {expected}; got {shape}"
     )
 
 

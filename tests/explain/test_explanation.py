@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from diffcam_fast import viz
+import diffcam_fast as dcf
 from diffcam_fast.explain import Explainer, Explanation, explanation
 from tests.explain.networks import Branches, Signal, make
+from tests.tolerances import PIXEL
 
 
 def _explanation(*layers: Tensor, size: tuple[int, ...] | None = None, normalize: str | None = "minmax") -> Explanation:
@@ -93,8 +94,21 @@ def test_overlay() -> None:
     overlay = found.overlay(images, colormap="hot", opacity=0.3)
     assert overlay.shape == (2, 3, 12, 10, 3)
     assert overlay.dtype == torch.uint8
-    assert torch.equal(overlay, viz.overlay(images, found.maps, colormap="hot", opacity=0.3))
+    resized_before = dcf.overlay(found.maps, images, colormap="hot", opacity=0.3, normalize=None)
+    assert (overlay.int() - resized_before.int()).abs().max() <= PIXEL
     assert not torch.equal(overlay, found.overlay(images))
+    assert found.overlay(images.repeat(1, 1, 2, 3)).shape == (2, 3, 24, 30, 3)
+
+
+def test_overlay_of_several_layers_shows_their_fused_maps() -> None:
+    layers = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 6, 8)
+    found, images = _explanation(*layers, size=(12, 16)), torch.rand(2, 3, 12, 16)
+    assert torch.equal(found.overlay(images), dcf.overlay(found.maps, images))
+
+
+def test_overlay_needs_maps_with_two_spatial_dimensions() -> None:
+    with pytest.raises(ValueError, match=r"maps: expected two spatial dimensions.*got \(2, 1, 6\)"):
+        _explanation(torch.rand(2, 1, 6)).overlay(torch.rand(2, 3, 1, 6))
 
 
 def test_arrays() -> None:
@@ -108,3 +122,17 @@ def test_arrays() -> None:
 
 def test_repr_is_short() -> None:
     assert repr(_explanation(torch.rand(2, 3, 4, 5))) == "Explanation(images=2, targets=3, size=(4, 5), layers=('0',))"
+
+
+def test_copies_have_memory_of_their_own() -> None:
+    for size in (None, (9, 8)):
+        found = _explanation(torch.rand(2, 3, 4, 5), size=size)
+        maps = found.maps
+        copied = found.copied()
+        assert torch.equal(copied.maps, maps)
+        assert copied.maps.data_ptr() != maps.data_ptr()
+        assert "maps" not in _explanation(torch.rand(2, 3, 4, 5), size=size).copied().__dict__
+        for name in ("logits", "classes", "delta"):
+            assert getattr(copied, name).data_ptr() != getattr(found, name).data_ptr()
+        found.layer_maps["0"].zero_()
+        assert copied.layer_maps["0"].amax() > 0

@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "diffcam/cuda.h"
 #include "diffcam/parallel.h"
 #include "diffcam/tensor_view.h"
 
@@ -39,5 +40,21 @@ void cam_cpu(const CamShape& shape, const ConstView& activations, const ConstVie
 void cam_backward_cpu(const CamShape& shape, const void* grad_raw, const ConstView& activations,
                       const ConstView& gradients, CamMethod method, const View& grad_activations,
                       const View& grad_gradients, const Parallel& parallel);
+
+// The same on a GPU: every pointer is to device memory, and nothing has happened yet when these return.
+// scratch: as many bytes as the function before says, aligned to 256, needed until the queued work is done.
+// Returns 0 or a CUDA error.
+int64_t cam_cuda_scratch_bytes(const CamShape& shape, const ConstView& activations,
+                               const ConstView& gradients, CamMethod method, const CudaQueue& queue);
+int cam_cuda(const CamShape& shape, const ConstView& activations, const ConstView& gradients,
+             CamMethod method, bool relu, Normalization normalize, double eps, void* maps, void* scratch,
+             const CudaQueue& queue);
+
+int64_t cam_backward_cuda_scratch_bytes(const CamShape& shape, const ConstView& activations,
+                                        const ConstView& gradients, CamMethod method, bool for_activations,
+                                        bool for_gradients, const CudaQueue& queue);
+int cam_backward_cuda(const CamShape& shape, const void* grad_raw, const ConstView& activations,
+                      const ConstView& gradients, CamMethod method, const View& grad_activations,
+                      const View& grad_gradients, void* scratch, const CudaQueue& queue);
 
 }  // namespace diffcam

@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "diffcam/cuda.h"
 #include "diffcam/parallel.h"
 #include "diffcam/tensor_view.h"
 
@@ -39,5 +40,17 @@ struct LogitDifferenceResult {  // all contiguous
 void logit_difference_cpu(const LogitDifferenceShape& shape, const void* logits, int64_t image_stride,
                           int64_t class_stride, const int64_t* chosen, const LogitDifferenceOptions& options,
                           const LogitDifferenceResult& result, const Parallel& parallel);
+
+// The same on a GPU: every pointer but options.ranks is to device memory, and nothing has happened yet when
+// this returns. A target whose class is out of range gets NaN and rivals of -1. scratch: as many bytes as the
+// function before says, aligned to 256, needed until the queued work is done. Returns 0 or a CUDA error.
+int64_t logit_difference_cuda_scratch_bytes(const LogitDifferenceShape& shape,
+                                            const LogitDifferenceOptions& options, const CudaQueue& queue);
+int logit_difference_cuda(const LogitDifferenceShape& shape, const void* logits, int64_t image_stride,
+                          int64_t class_stride, const int64_t* chosen, const LogitDifferenceOptions& options,
+                          const LogitDifferenceResult& result, void* scratch, const CudaQueue& queue);
+
+// The most ranks that a call on a GPU takes: they travel with the launch.
+constexpr int64_t kMostCudaRanks = 256;
 
 }  // namespace diffcam

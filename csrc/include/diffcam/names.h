@@ -1,10 +1,12 @@
-// The names that users write for methods, normalisations and baselines. Both bindings read them from here.
+// The names that users write for methods, normalisations, baselines and blends. Both bindings read them from
+// here.
 #pragma once
 
 #include <string.h>
 
 #include "diffcam/cam.h"
 #include "diffcam/logit_difference.h"
+#include "diffcam/overlay.h"
 
 namespace diffcam {
 
@@ -36,6 +38,13 @@ inline bool parse_baseline(const char* name, Baseline* baseline) {
     static const char* const names[] = {"max", "mean", "logsumexp", "expected", "finer"};
     const int index = index_of(name, names);
     *baseline = static_cast<Baseline>(index);
+    return index >= 0;
+}
+
+inline bool parse_blend(const char* name, Blend* blend) {
+    static const char* const names[] = {"proportional", "uniform"};
+    const int index = index_of(name, names);
+    *blend = static_cast<Blend>(index);
     return index >= 0;
 }
 

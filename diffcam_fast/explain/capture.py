@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
 if TYPE_CHECKING:
@@ -26,12 +26,26 @@ class Captured:
     """One layer's output."""
 
     output: Tensor
-    """As the layer put it out; whatever the model does to it afterwards is done to a copy."""
+    """As the layer put it out; where the model changes it afterwards, it changes a copy."""
 
-    handed_on: Node
-    """The node of the autograd graph by which the rest of the model got it."""
+    edge: GradientEdge
+    """Where the gradient with respect to `output` arrives."""
 
-    version: int
+    handed_on: Tensor
+    """What the rest of the model got: `output` itself or a copy."""
+
+    used: GradientEdge
+    """Where the rest of the model meets the layer: the edge of `handed_on` before anything was done in place."""
+
+    versions: tuple[int, int]
+
+    aliased: bool
+    """The layer put out memory of its input, which the model may change by that name."""
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the model left alone what it was handed, so that it need not get a copy."""
+        return not self.aliased and (self.output._version, self.handed_on._version) == self.versions
 
 
 class LayerHooks(ABC):
@@ -83,24 +97,68 @@ class LayerHooks(ABC):
 
 
 class Capture(LayerHooks):
-    """Captures the outputs of layers during one forward pass that runs without recording.
+    """Captures the outputs of layers during one forward pass whose trunk is not recorded.
 
-    The first layer reached switches recording on: its output becomes a leaf, so that nothing before it is
-    recorded. Grad mode stays on until the caller's context ends. An output that depends on a layer captured
-    before keeps its history, so that one pull-back reaches all layers.
+    The trunk is what runs before the first layer is reached. That layer switches recording on: its output becomes
+    a leaf, so that nothing before it is recorded. Recording stays on until the end of the `with` block. An output
+    that depends on a layer captured before keeps its history, so that one pull-back reaches all layers.
 
     Args:
         layers: names to modules.
+        untouched: names of layers whose outputs the model does not change in place, as far as is known: they are
+            handed on as they are, and checked afterwards. The model gets copies of all others.
+        inference: whether the trunk runs as under `torch.inference_mode`, at less cost for each operator. A model
+            that differentiates within its trunk then fails, instead of finding no gradients there.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], untouched: Collection[str] = (), *, inference: bool = False
+    ) -> None:
         super().__init__(layers.values())
         self._names = list(layers)
+        self._untouched = untouched
+        self._inference = inference
+        self._trunk: tuple[torch.inference_mode, saved_tensors_hooks] | None = None
+        self._refusing = False
+        self._recording: torch.inference_mode | None = None
         self._calls = [0] * len(self._names)
         self._captured: list[Captured | None] = [None] * len(self._names)
 
+    def __enter__(self) -> Self:
+        super().__enter__()
+        if self._inference:
+            # PyTorch refuses to differentiate functionally while such hooks are there, and calls them for the rest;
+            # without them functional gradients would be zeros, and nobody would know.
+            self._trunk = torch.inference_mode(), saved_tensors_hooks(_refuse, _refuse)
+            for mode in self._trunk:
+                mode.__enter__()
+            self._refusing = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._trunk is not None:
+            self._stop_refusing()
+            if self._recording is not None:
+                self._recording.__exit__(None, None, None)
+                self._recording = None
+            self._trunk[0].__exit__(None, None, None)
+            self._trunk = None
+        super().__exit__(*exception)
+
+    def _stop_refusing(self) -> None:
+        if self._trunk is not None and self._refusing:
+            self._trunk[1].__exit__()
+            self._refusing = False
+
+    def _record(self) -> None:
+        if torch.is_inference_mode_enabled() and self._recording is None and self._trunk is not None:
+            self._recording = torch.inference_mode(False)
+            self._recording.__enter__()
+        self._stop_refusing()
+        torch.set_grad_enabled(True)
+
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-        """Keep the output, hand on a copy."""
+        """Keep the output, hand on a copy or the output itself."""
         self._calls[index] += 1
         if self._calls[index] > 1:
             return None
@@ -109,47 +167,64 @@ class Capture(LayerHooks):
             raise TypeError(f"layers: expected layer {name!r} to put out a tensor; got {type(output).__name__}")
         if not output.is_floating_point():
             raise TypeError(f"layers: expected layer {name!r} to put out a floating point tensor; got {output.dtype}")
-        torch.set_grad_enabled(True)
-        kept = output if output.grad_fn is not None else output.detach()
-        # An output that shares memory with an input can be changed through that input later on.
-        if any(isinstance(tensor, Tensor) and _share_memory(tensor, output) for tensor in inputs):
+        self._record()
+        kept = output if output.requires_grad else ordinary(output)
+        untouched = name in self._untouched
+        aliased = not untouched and any(isinstance(t, Tensor) and _share_memory(t, output) for t in inputs)
+        if aliased:
             kept = kept.clone()
-        if kept.grad_fn is None:
+        if not kept.requires_grad:
             kept.requires_grad_()
-        # A copy, because the rest of the model may work in place (a ReLU, a residual sum).
-        handed_on = kept.clone()
-        assert handed_on.grad_fn is not None
-        self._captured[index] = Captured(kept, handed_on.grad_fn, kept._version)
-        return handed_on
+        edge = used = get_gradient_edge(kept)
+        handed_on = kept
+        if not untouched:
+            # A copy, because the rest of the model may work in place (a ReLU, a residual sum).
+            handed_on = kept.clone()
+            used = get_gradient_edge(handed_on)
+        versions = kept._version, handed_on._version
+        self._captured[index] = Captured(kept, edge, handed_on, used, versions, aliased)
+        return None if handed_on is output else handed_on
 
     def outputs(self) -> dict[str, Captured]:
         """What was captured, by layer.
 
         Raises:
             ValueError: a layer was not called, or called more than once.
-            RuntimeError: the model changed a layer's output through memory that it kept elsewhere.
+            RuntimeError: the model changed a layer's output through memory that it kept elsewhere, or one that it
+                was not known to change.
         """
         found = {}
         for name, calls, captured in zip(self._names, self._calls, self._captured, strict=True):
             if captured is None:
                 raise ValueError(
-                    f"layers: expected the model to call layer {name!r}; it was not called (its forward "
-                    "skips the "
+                    f"layers: expected the model to call layer {name!r}; it was not called (its forward skips the "
                     "layer, or runs it compiled, scripted or in another thread, where hooks do not reach)"
                 )
             if calls > 1:
                 raise ValueError(
-                    f"layers: expected the model to call layer {name!r} once; it was called {calls} times, "
-                    "and a map "
-                    "can explain one call alone: choose a layer around it, or give each use a module of its "
-                    "own"
+                    f"layers: expected the model to call layer {name!r} once; it was called {calls} times, and a map "
+                    "can explain one call alone: choose a layer around it, or give each use a module of its own"
                 )
-            if captured.output._version != captured.version:
+            if captured.output._version != captured.versions[0]:
                 raise RuntimeError(
                     f"layers: the model changed the output of layer {name!r} in place through another reference to it"
                 )
             found[name] = captured
         return found
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """A tensor over the same memory that autograd can work with, whether or not it was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        return tensor.clone()
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _refuse(tensor: Tensor) -> Tensor:
+    raise RuntimeError("layers: the model differentiates before the first explained layer is reached")
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

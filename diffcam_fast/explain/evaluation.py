@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,41 +37,40 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     that is recorded, be it the caller's cast and our pass or the other way round.
     """
     leased = _lower_training_flags(model)
+    cached = torch.is_autocast_cache_enabled()
     try:
-        with torch.inference_mode(False), torch.no_grad(), _autocast_cache_off():
+        # Leaving puts grad mode back, too.
+        with torch.inference_mode(False):
+            torch.set_grad_enabled(False)
+            torch.set_autocast_cache_enabled(False)
             yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         _restore_training_flags(leased)
 
 
-@contextmanager
-def autocast_off(device_type: str) -> Iterator[None]:
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None where it is off, or not known there."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
     """Within, operators run in their inputs' dtype: gradients and maps are not for autocast to round."""
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        yield
-        return
-    with torch.autocast(device_type, enabled=False):
-        yield
-
-
-@contextmanager
-def _autocast_cache_off() -> Iterator[None]:
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
+    if autocast_dtype(device_type) is None:
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _lower_training_flags(model: nn.Module) -> list[_Lease]:
+    modules = _modules(model)
     leased = []
     with _lock:
-        for module in _modules(model):
+        concerned = [m for m in modules if m.training or (_leases and id(m) in _leases)]
+        for module in concerned:
             lease = _leases.get(id(module))
             if lease is None:
-                if not module.training:
-                    continue
                 lease = _leases[id(module)] = _Lease(module, module.training, 0)
                 module.training = False
             lease.users += 1
@@ -80,15 +79,18 @@ def _lower_training_flags(model: nn.Module) -> list[_Lease]:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    # What `model.modules()` goes through, three times as fast: on a GPU a small network waits for this.
-    found = {id(model): model}
-    waiting = [model]
-    while waiting:
-        for module in waiting.pop()._modules.values():
-            if module is not None and id(module) not in found:
-                found[id(module)] = module
-                waiting.append(module)
-    return list(found.values())
+    # What `model.modules()` goes through, several times as fast: a small network waits for this. By id: modules may
+    # define their own equality.
+    found = [model]
+    seen = {id(model)}
+    for module in found:
+        children = module._modules
+        if children:
+            for child in children.values():
+                if child is not None and id(child) not in seen:
+                    seen.add(id(child))
+                    found.append(child)
+    return found
 
 
 def _restore_training_flags(leased: list[_Lease]) -> None:

@@ -9,16 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffcam_fast.explain.capture import Capture, Captured
+from diffcam_fast.explain.capture import Capture, Captured, ordinary
+from diffcam_fast.explain.checks import check_activations, check_images, check_logits, check_map_size
 from diffcam_fast.explain.classes import classes_for, parse_classes
+from diffcam_fast.explain.compiled import CompiledExplainer
+from diffcam_fast.explain.cuda_graph import CapturedExplainer
 from diffcam_fast.explain.evaluation import autocast_off, evaluating
-from diffcam_fast.explain.explanation import EPS, Explanation
-from diffcam_fast.explain.layers import LayerSpec, choose_layer, resolve_layers, run_eagerly, unwrapped
+from diffcam_fast.explain.evidence import Recipe, gather_evidence
+from diffcam_fast.explain.explanation import Explanation
+from diffcam_fast.explain.graph import Tail
+from diffcam_fast.explain.habits import HabitBook, Habits
+from diffcam_fast.explain.layers import (
+    ALL,
+    LayerSpec,
+    choose_layer,
+    resolve_layers,
+    run_eagerly,
+    spatial_layers,
+    unwrapped,
+)
 from diffcam_fast.explain.positions import check_size
-from diffcam_fast.explain.pull_back import pull_back
-from diffcam_fast.explain.targets import LogitDifference, Target, TargetFunction, check_target, score
-from diffcam_fast.ops.cam import cam
+from diffcam_fast.explain.pull_back import check_differentiable
+from diffcam_fast.explain.targets import LogitDifference, Target, TargetFunction, check_target
 from diffcam_fast.reference.cam import METHODS, accumulation_dtype
+
+DEFAULT_MEMORY_BUDGET = 512 * 2**20
+"""Bytes that the gradients of several targets may take at a time."""
 
 # One for all explainers, so that an explainer can be copied and pickled as its model can.
 _choosing = threading.Lock()
@@ -27,22 +43,30 @@ _choosing = threading.Lock()
 class Explainer:
     """Class activation maps of a classifier.
 
-    The model runs once, in evaluation mode and without recording up to the first explained layer; the
+    The model runs once, in evaluation mode and up to the first explained layer as under `torch.inference_mode`; the
     target's gradient is pulled back from the logits to the layers and no further. The model, its gradients,
     flags, buffers and hooks are left as they were, also after an error. Works under `torch.no_grad`,
     `torch.inference_mode` and autocast, and with frozen parameters. Several threads may use one explainer, or
     several explainers of one model, at a time.
 
+    The first pass over images of a shape is a careful one, with `torch.no_grad` in place of inference mode and copies
+    of the layers' outputs for the model to change; those that follow leave out what it shows not to be needed. Where
+    it is needed after all, as by a tail that multiplies with tensors from before the layer, the pass is done again
+    carefully, once, and so are all later ones.
+
     A model compiled by `torch.compile`, or wrapped in DataParallel, is explained by the network inside, run
-    eagerly on the images' device.
+    eagerly on the images' device; `compile` compiles the explanation.
 
     Args:
         model: a classifier: images ``(N, C, *S)`` to logits ``(N, K)``, with an image's logits depending on
             that image alone.
         layers: a module, its dotted name, or a list of either, whose output is ``(N, C, *positions)`` with
             one to three dimensions of positions; None: the last such layer of the model that is laid out like
-            the images and is called once, no pooling or dropout. It is chosen at the first call, by a forward
-            pass over one image, and shown in the explanation.
+            the images and is called once, no pooling or dropout. "all": every module that is called once and puts
+            out something laid out like the images, leaf modules and blocks alike; where one hands on what another
+            put out, the inner one. None and "all" are resolved at the first call, by a forward pass over one image,
+            and shown in the explanation. For several layers there is still one forward and one pull-back; their
+            activations and gradients are in memory together, for "all" what training would keep and once more.
         method: how activations and gradients become a map: see `diffcam_fast.cam`.
         target: what is explained: `LogitDifference`, `Finer`, `Logit`, `Probability`, `LogProbability`, or a
             function ``(logits (N, K), classes (N, T)) -> scores (N, T)``, differentiable in the logits.
@@ -53,8 +77,11 @@ class Explainer:
             so, such as `tokens_to_positions()`. It is applied to the gradient as well, so it may select and
             reorder only.
         relu: whether negative evidence is set to zero.
-        chunk_size: how many targets are pulled back at a time; None: all of them, batched. Fewer take less
-            memory; 1 does without `torch.vmap`, which some operators' backwards do not support.
+        chunk_size: how many targets are pulled back at a time; None: as many as `memory_budget` allows, batched.
+            1 does without `torch.vmap`, which some operators' backwards do not support. Where the logits are one
+            linear layer of the mean over the layer's positions nothing is pulled back, and this does not apply.
+        memory_budget: bytes that the gradients and cotangents of several targets may take at a time (an estimate;
+            what one target needs is taken in any case).
 
     Raises:
         TypeError: an argument is not of a type above.
@@ -73,6 +100,7 @@ class Explainer:
         *,
         relu: bool = True,
         chunk_size: int | None = None,
+        memory_budget: int = DEFAULT_MEMORY_BUDGET,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -89,6 +117,10 @@ class Explainer:
                 raise TypeError(f"chunk_size: expected an integer or None; got {type(chunk_size).__name__}")
             if chunk_size < 1:
                 raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}")
+        if isinstance(memory_budget, bool) or not isinstance(memory_budget, int):
+            raise TypeError(f"memory_budget: expected an integer; got {type(memory_budget).__name__}")
+        if memory_budget < 1:
+            raise ValueError(f"memory_budget: expected a positive number of bytes; got {memory_budget}")
         self.model = unwrapped(model)
         self.method = method
         self.target = check_target(target)
@@ -98,7 +130,22 @@ class Explainer:
         self.reshape = reshape
         self.relu = bool(relu)
         self.chunk_size = chunk_size
-        self._layers = None if layers is None else resolve_layers(self.model, layers)
+        self.memory_budget = memory_budget
+        self._all_layers = isinstance(layers, str) and layers == ALL and ALL not in dict(self.model.named_modules())
+        self._layers = None if layers is None or self._all_layers else resolve_layers(self.model, layers)
+        self._habits = HabitBook()
+
+    @property
+    def _recipe(self) -> Recipe:
+        return Recipe(
+            self.method,
+            self.target,
+            self.normalize,
+            self.relu,
+            self.reshape,
+            self.chunk_size,
+            self.memory_budget,
+        )
 
     def __call__(self, images: Tensor, classes: Any = None) -> Explanation:
         """Explain images.
@@ -119,128 +166,122 @@ class Explainer:
                 that was not called, was called more than once, has no positions, or does not reach the
                 logits; a model whose output is not ``(N, K)``, or whose tail is not differentiable.
         """
-        _check_images(images)
+        check_images(images)
         requested = parse_classes(classes, images.shape[0])
         with evaluating(self.model):
             # The user's images stay outside the graph; tensors made under inference mode cannot enter one.
-            images = images.clone() if images.is_inference() else images.detach()
+            images = ordinary(images)
             layers = self._resolved(images)
-            with Capture(layers) as capture:
-                output = run_eagerly(self.model, images)
-            captured = capture.outputs()
-            logits = _check_logits(output, images.shape[0])
-            with torch.no_grad(), autocast_off(logits.device.type):
-                return self._explain(images, logits, captured, requested)
+            return self._habits.follow(images, lambda habits: self._attempt(images, layers, requested, habits))
+
+    def compile(self, **options: Any) -> CompiledExplainer:
+        """An explainer with the same results, compiled by `torch.compile` from the images to the maps.
+
+        Args:
+            **options: of `torch.compile` (`mode`, `backend`, `dynamic`, `options`), but for `fullgraph`, which is
+                always on. What cannot be compiled into one graph raises at the first call.
+        """
+        return CompiledExplainer(self, options)
+
+    def capture(self, example: Tensor, classes: Any = None) -> CapturedExplainer:
+        """A CUDA graph of the whole explained inference, for images like the example.
+
+        What costs time for small batches is launching kernels one by one; a graph launches them all at once.
+
+        Args:
+            example: images on the model's CUDA device, of the shape, dtype and layout of those to come. Autocast is
+                captured as it is now.
+            classes: None: the predicted classes are explained. Classes as in `__call__`: as many are explained at
+                each call, these or others given then.
+
+        Returns:
+            A function ``(images, classes=None) -> Explanation``.
+
+        Raises:
+            ValueError: the images or the model are not on a CUDA device, or what `__call__` refuses.
+        """
+        return CapturedExplainer(self, example, classes)
+
+    def _explain_watched(self, images: Tensor, watch: Callable[[Tail], None]) -> Explanation:
+        """A careful explanation, for whose recorded pass `watch` is called."""
+        with evaluating(self.model):
+            images = ordinary(images)
+            return self._attempt(images, self._resolved(images), None, Habits(), watch)[0]
 
     def _resolved(self, images: Tensor) -> dict[str, nn.Module]:
         if self._layers is None:
             with _choosing:
                 if self._layers is None:
-                    self._layers = resolve_layers(self.model, choose_layer(self.model, images[:1]))
+                    if self._all_layers:
+                        self._layers = resolve_layers(self.model, spatial_layers(self.model, images[:1]))
+                    else:
+                        self._layers = resolve_layers(self.model, choose_layer(self.model, images[:1]))
         return self._layers
 
-    def _explain(
-        self, images: Tensor, logits: Tensor, captured: Mapping[str, Captured], requested: Tensor | None
-    ) -> Explanation:
-        activations = {name: self._positions(name, layer.output.detach()) for name, layer in captured.items()}
-        size = self._map_size(images, activations)
-        with torch.enable_grad():
-            wide = logits.to(accumulation_dtype(logits.dtype))
-        classes = classes_for(requested, logits)
-        scores = score(self.target, wide, classes)
+    def _attempt(
+        self,
+        images: Tensor,
+        layers: Mapping[str, nn.Module],
+        requested: Tensor | None,
+        habits: Habits,
+        watch: Callable[[Tail], None] | None = None,
+    ) -> tuple[Explanation, Habits]:
+        """An explanation, and what was learned about the model from it."""
+        with Capture(layers, habits.untouched, inference=habits.inference) as capture:
+            output = run_eagerly(self.model, images)
+        captured = capture.outputs()
+        logits = check_logits(output, images.shape[0])
+        torch.set_grad_enabled(False)  # `evaluating` puts it back
+        with autocast_off(logits.device.type):
+            return self._explain(images, logits, captured, requested, habits, watch)
 
-        chunks: dict[str, list[Tensor]] = {name: [] for name in captured}
-        for gradients in pull_back(
-            wide, captured, scores.cotangent, chunk_size=self.chunk_size, pooled=self.reshape is None
-        ):
-            for name, gradient in gradients.items():
-                chunks[name].append(self._maps(activations[name], gradient).to(images.device))
-        layer_maps = {name: maps[0] if len(maps) == 1 else torch.cat(maps, 1) for name, maps in chunks.items()}
-        return Explanation(
-            layer_maps,
+    def _explain(
+        self,
+        images: Tensor,
+        logits: Tensor,
+        captured: Mapping[str, Captured],
+        requested: Tensor | None,
+        habits: Habits,
+        watch: Callable[[Tail], None] | None,
+    ) -> tuple[Explanation, Habits]:
+        reshape = self.reshape
+        activations = {
+            name: check_activations(
+                name,
+                layer.output.detach() if reshape is None else reshape(layer.output.detach()),
+                reshaped=reshape is not None,
+            )
+            for name, layer in captured.items()
+        }
+        size = check_map_size(images, activations, self.size, reshaped=reshape is not None)
+        check_differentiable(logits, list(captured))
+        wide = logits
+        if logits.dtype != accumulation_dtype(logits.dtype):
+            with torch.enable_grad():
+                wide = logits.to(accumulation_dtype(logits.dtype))
+        classes = classes_for(requested, logits)
+        tail = Tail(wide, captured)
+        if watch is not None:
+            watch(tail)
+        learned = habits
+        weight = None
+        # For a single target autograd is as quick.
+        several = classes.shape[1] > 1 or (isinstance(self.target, Target) and self.target.targets_per_class > 1)
+        if several and habits.linear_head is not False and reshape is None and len(captured) == 1 and len(images) > 0:
+            (name,) = captured
+            weight = tail.head_weight(name)
+            if weight is not None and habits.linear_head is None:
+                is_head = tail.is_head(name, weight)
+                learned = learned.with_head(is_head)
+                weight = weight if is_head else None
+        evidence = gather_evidence(self._recipe, tail, activations, classes, images.device, weight)
+        explanation = Explanation(
+            evidence.layer_maps,
             logits.detach(),
             classes,
-            scores.rivals,
-            scores.delta,
+            evidence.rivals,
+            evidence.delta,
             size=size,
             normalize=self.normalize,
         )
-
-    def _positions(self, name: str, output: Tensor) -> Tensor:
-        """The layer's output as (N, C, *positions)."""
-        activations = output if self.reshape is None else self.reshape(output)
-        if not isinstance(activations, Tensor):
-            raise TypeError(f"reshape: expected the function to return a tensor; got {type(activations).__name__}")
-        where = f"layer {name!r}" + ("" if self.reshape is None else " after reshape")
-        shape = tuple(activations.shape)
-        if not 3 <= len(shape) <= 5:
-            raise ValueError(
-                f"layers: expected {where} to put out (N, C, *positions), one to three dimensions of "
-                f"positions; got shape {shape}"
-            )
-        if activations.shape[2:].numel() < 2:
-            raise ValueError(f"layers: expected {where} to have several positions for a map; got shape {shape}")
-        return activations
-
-    def _map_size(self, images: Tensor, activations: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-        """The size of the maps; None for the layer's own. Checked before the work is done."""
-        wanted = tuple(images.shape[2:]) if isinstance(self.size, str) else self.size
-        for name, activation in activations.items():
-            shape = tuple(activation.shape)
-            if shape[0] != images.shape[0]:
-                raise ValueError(
-                    f"layers: expected layer {name!r} to put out one entry per image, {images.shape[0]} in "
-                    f"all; got shape {shape}"
-                )
-            if wanted is not None and len(wanted) != len(shape) - 2:
-                tokens = len(shape) == 3 and images.dim() > 3 and self.reshape is None
-                raise ValueError(
-                    f"size: layer {name!r} has {len(shape) - 2} dimensions of positions, in shape {shape}, "
-                    f"which cannot be resized to {wanted}"
-                    + ("; for tokens pass reshape=diffcam_fast.tokens_to_positions()" if tokens else "")
-                )
-        dimensions = {activation.dim() for activation in activations.values()}
-        if len(dimensions) > 1:
-            raise ValueError(
-                "layers: expected layers with the same number of dimensions of positions, to fuse their maps"
-            )
-        return wanted
-
-    def _maps(self, activations: Tensor, gradient: Tensor) -> Tensor:
-        """Finished maps (N, t, *positions) from gradients (t, N, *output) or (t, N, C)."""
-        if self.reshape is not None:
-            count = gradient.shape[0]
-            flat = self.reshape(gradient.flatten(0, 1))
-            gradient = flat.reshape(count, *activations.shape)
-        gradients = gradient.transpose(0, 1)
-        if gradients.dim() == activations.dim() == 3:
-            # (N, t, C) could be taken for one gradient (N, C, S) where t = C = S.
-            gradients = gradients.unsqueeze(3).expand(*gradients.shape, activations.shape[2])
-        return cam(activations, gradients, self.method, relu=self.relu, normalize=self.normalize, eps=EPS)
-
-
-def _check_images(images: Any) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a torch.Tensor; got {type(images).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(f"images: expected a floating point tensor; got {images.dtype}")
-    if not 3 <= images.dim() <= 5:
-        raise ValueError(
-            f"images: expected a batch (N, C, *S) with one to three spatial dimensions; got shape {tuple(images.shape)}"
-        )
-
-
-def _check_logits(output: Any, images: int) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"model: expected it to return logits (N, K); got {type(output).__name__}; wrap the model in a "
-            "module that returns its logits"
-        )
-    if output.dim() != 2 or output.shape[0] != images or output.shape[1] < 2:
-        raise ValueError(
-            f"model: expected logits of shape ({images}, K), K at least 2, for {images} images (with a batch "
-            f"dimension); got shape {tuple(output.shape)}"
-        )
-    if not output.is_floating_point():
-        raise ValueError(f"model: expected floating point logits; got {output.dtype}")
-    return output
+        return explanation, learned.after(captured)

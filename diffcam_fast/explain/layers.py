@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from diffcam_fast.explain.capture import LayerHooks
 
@@ -38,6 +39,9 @@ _PASSING_ON = (
 )
 
 _SHOWN_NAMES = 8
+
+ALL = "all"
+"""As `layers`: every layer with positions."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -111,6 +115,8 @@ class _Call:
     shape: tuple[int, ...]
     pooled: bool
     channels_last: bool
+    state: tuple[int, int]
+    """The same for two outputs that are one tensor, not changed in between."""
 
     @property
     def positions(self) -> int:
@@ -128,6 +134,8 @@ class _Probe(LayerHooks):
         self._calls: list[tuple[int, _Call]] = []
         # Kept until the pass is over: an address would be used again.
         self._pooled: list[Tensor] = []
+        # By identity, and without keeping anything in memory.
+        self._numbers = WeakIdKeyDictionary()
 
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> None:
         self._counts[index] = self._counts.get(index, 0) + 1
@@ -138,7 +146,9 @@ class _Probe(LayerHooks):
         pooled = isinstance(module, _POOLING) or any(output is tensor for tensor in self._pooled)
         if pooled:
             self._pooled.append(output)
-        call = _Call(name, module, tuple(output.shape), pooled, _works_on_last_dimension(module, output))
+        number = self._numbers.setdefault(output, len(self._calls))
+        state = (number, 0 if output.is_inference() else output._version)
+        call = _Call(name, module, tuple(output.shape), pooled, _works_on_last_dimension(module, output), state)
         self._calls.append((index, call))
 
     def calls(self) -> list[_Call]:
@@ -171,10 +181,7 @@ def choose_layer(model: nn.Module, images: Tensor) -> str:
     Raises:
         ValueError: there is no such module, or what follows it are tokens, which have positions of their own.
     """
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _Probe(model) as probe:
-        run_eagerly(model, images)
-    calls = probe.calls()
+    calls = _probe(model, images)
     chosen = next((call for call in reversed(calls) if _has_positions(call, images)), None)
     if chosen is None:
         raise ValueError(
@@ -192,6 +199,42 @@ def choose_layer(model: nn.Module, images: Tensor) -> str:
             "reshape=lambda x: x.movedim(-1, 1))"
         )
     return chosen.name
+
+
+def spatial_layers(model: nn.Module, images: Tensor) -> list[str]:
+    """Every module that is called once and puts out something laid out like the images, in the order of the calls.
+
+    Leaf modules, blocks and stages alike, pooling too while it leaves more than one position. A module that hands on
+    what another one put out (a container its last module's output, dropout in evaluation its input) does not count
+    again. The forward pass leaves the random number generators as they were.
+
+    Args:
+        model: in evaluation mode, gradients off.
+        images: ``(N, C, *S)``; a single image is enough.
+
+    Returns:
+        The modules' names.
+
+    Raises:
+        ValueError: there is no such module.
+    """
+    found: dict[tuple[int, int], str] = {}
+    for call in _probe(model, images):
+        if len(call.shape) == images.dim() and call.shape[0] == len(images) and call.positions > 1:
+            found.setdefault(call.state, call.name)
+    if not found:
+        raise ValueError(
+            "layers: found no layer to explain (none is called once and puts out (N, C, *positions) like the images "
+            f"of shape {tuple(images.shape)}); pass the layers, and reshape= for transformers"
+        )
+    return list(found.values())
+
+
+def _probe(model: nn.Module, images: Tensor) -> list[_Call]:
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _Probe(model) as probe:
+        run_eagerly(model, images)
+    return probe.calls()
 
 
 def _has_positions(call: _Call, images: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffcam_fast.explain.shared import SharedScores, difference_scores, one_hot_scores, pairwise_scores
 from diffcam_fast.ops.logit_difference import logit_difference
 from diffcam_fast.reference.logit_difference import BASELINES, TEMPERED
 
@@ -32,6 +33,11 @@ class Scores(NamedTuple):
 class Target(ABC):
     """A function of the logits to be explained. Subclasses give its value and its gradient."""
 
+    @property
+    def targets_per_class(self) -> int:
+        """How many targets `scores` makes of each class."""
+        return 1
+
     @abstractmethod
     def scores(self, logits: Tensor, classes: Tensor) -> Scores:
         """Scores and their gradients.
@@ -43,6 +49,18 @@ class Target(ABC):
         Returns:
             Scores of ``T`` targets an image, or of a multiple of ``T``, in the order of the classes.
         """
+
+    def shared_scores(self, logits: Tensor, classes: Tensor) -> SharedScores | None:
+        """The same scores, with cotangents that are not written down class by class.
+
+        Called in place of `scores` where there are many classes. None, which is what this method returns unless a
+        subclass overrides it: there is no such form.
+
+        Args:
+            logits: as in `scores`.
+            classes: as in `scores`.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -94,8 +112,20 @@ class LogitDifference(Target):
         if self.pairwise and self.top_k is None:
             raise ValueError("pairwise: expected top_k with it, the number of rivals that get maps; got top_k None")
 
+    @property
+    def targets_per_class(self) -> int:
+        """See `Target.targets_per_class`."""
+        return self.top_k if self.pairwise and self.top_k is not None else 1
+
     def scores(self, logits: Tensor, classes: Tensor) -> Scores:
         """See `Target.scores`."""
+        if self.top_k is None and not torch.compiler.is_compiling():
+            # The arguments were checked when they were given: a small network would wait for doing so again.
+            with torch._C._AutoDispatchBelowAutograd():
+                delta, cotangent, *_ = torch.ops.diffcam_fast.logit_difference.default(
+                    logits, classes, self.baseline, 0, float(self.temperature), 1.0, []
+                )
+            return Scores(delta, cotangent)
         result = logit_difference(
             logits, classes, baseline=self.baseline, top_k=self.top_k, temperature=self.temperature
         )
@@ -106,6 +136,15 @@ class LogitDifference(Target):
         cotangent.scatter_(3, result.rivals.unsqueeze(3), -1.0)
         cotangent.scatter_(3, classes[:, :, None, None].expand(*result.rivals.shape, 1), 1.0)
         return Scores(result.differences.flatten(1), cotangent.flatten(1, 2), result.rivals)
+
+    def shared_scores(self, logits: Tensor, classes: Tensor) -> SharedScores | None:
+        """See `Target.shared_scores`."""
+        if self.top_k is not None and self.top_k >= logits.shape[1]:
+            return None
+        if self.pairwise:
+            assert self.top_k is not None
+            return pairwise_scores(logits, classes, self.top_k)
+        return difference_scores(logits, classes, self.baseline, self.top_k, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -155,6 +194,10 @@ class Logit(Target):
         """See `Target.scores`."""
         cotangent = logits.new_zeros((*classes.shape, logits.shape[1]))
         return Scores(logits.gather(1, classes), cotangent.scatter_(2, classes.unsqueeze(2), 1.0))
+
+    def shared_scores(self, logits: Tensor, classes: Tensor) -> SharedScores | None:
+        """See `Target.shared_scores`."""
+        return one_hot_scores(logits, classes)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,74 @@ class TestChoice:
         assert not torch.equal(given(images).logits, first)  # the model's own randomness is the model's
 
 
+class TestAll:
+    def test_every_layer_with_positions(self) -> None:
+        network = make(PooledConvolutions)
+        images = network.images()
+        explainer = Explainer(network, "all")
+        for _ in range(2):
+            explanation = explainer(images, [[0, 1]] * 2)
+            # "early" and "layer" put out what their last modules put out
+            assert explanation.layers == ("early.0", "early.1", "early.2", "layer.0", "layer.1", "layer.2")
+            for name in explanation.layers:
+                single = Explainer(network, name)(images, [[0, 1]] * 2)
+                torch.testing.assert_close(explanation.layer_maps[name], single.layer_maps[name])
+
+    def test_in_one_pass(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        network = make(Residual)
+        explainer = Explainer(network, "all")
+        images = network.images()
+        explainer(images)
+        forwards, pull_backs = [], []
+        network.register_forward_hook(lambda *args: forwards.append(1))
+        grad = torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kw: pull_backs.append(1) or grad(*args, **kw))
+        explanation = explainer(images, [[0, 1, 2]] * 2)
+        assert explanation.layers == ("layer", "block.0", "block.1", "late")
+        assert (len(forwards), len(pull_backs)) == (1, 1)
+
+    def test_every_block_of_a_residual_network(self) -> None:
+        models = pytest.importorskip("tests.helpers.torchvision_cpu").models
+        torch.manual_seed(0)
+        model, images = models.resnet18(num_classes=10).eval(), torch.randn(2, 3, 64, 64)
+        layers = Explainer(model, "all")(images).layers
+        blocks = [f"layer{stage}.{index}" for stage in (1, 2, 3, 4) for index in (0, 1)]
+        assert set(blocks) <= set(layers)
+        assert {"conv1", "bn1", "relu", "maxpool", "layer2.0.downsample.0", "layer2.0.downsample.1"} <= set(layers)
+        # the stages end in blocks, and a block calls its ReLU twice
+        assert not {"layer1", "layer1.0.relu", "layer2.0.downsample", "avgpool", "fc"} & set(layers)
+        explainer = Explainer(model, blocks)
+        for _ in range(2):
+            explanation = explainer(images)
+            for name in blocks:
+                single = Explainer(model, name)(images).layer_maps[name]
+                torch.testing.assert_close(explanation.layer_maps[name], single, rtol=0, atol=1e-4)
+
+    def test_a_layer_and_what_ends_in_it(self) -> None:
+        network = make(PooledConvolutions)
+        images = network.images()
+        explainer = Explainer(network, ["layer", "layer.2", "early"])
+        for _ in range(3):
+            found = explainer(images).layer_maps
+            torch.testing.assert_close(found["layer"], found["layer.2"])
+            torch.testing.assert_close(found["layer"], Explainer(network, "layer")(images).layer_maps["layer"])
+
+    def test_a_module_of_that_name(self) -> None:
+        model = nn.Sequential()
+        model.add_module("all", nn.Conv2d(3, 4, 3))
+        model.add_module("then", nn.Conv2d(4, 4, 3))
+        model.add_module("pool", nn.AdaptiveAvgPool2d(1))
+        model.add_module("flat", nn.Flatten())
+        assert Explainer(model, "all")(torch.randn(1, 3, 8, 8)).layers == ("all",)
+
+    def test_none(self) -> None:
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        with pytest.raises(
+            ValueError, match=r"found no layer to explain .* images of shape \(1, 3, 2, 2\)\); pass the"
+        ):
+            Explainer(model, "all")(torch.randn(1, 3, 2, 2))
+
+
 class TestGiven:
     def test_forms(self) -> None:
         network = make(PooledConvolutions)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffcam_fast.explain import Explainer, explainer
-from tests.explain.networks import InPlaceAfter, PooledConvolutions, Residual, Tapped, make
+from diffcam_fast.explain import Explainer
+from tests.explain.networks import InPlaceAfter, PooledConvolutions, Residual, make
 
 
 class Recorder(TorchDispatchMode):
@@ -59,85 +58,6 @@ def test_one_forward_and_one_pull_back_for_all_layers_and_classes(monkeypatch: p
     assert (len(forwards), len(pull_backs)) == (1, 1)
 
 
-class Head(Tapped):
-    """A layer, followed by whatever the test gives."""
-
-    image_shape = (3, 8, 8)
-
-    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.layer = nn.Conv2d(3, 6, 3)
-        self.norm = nn.LayerNorm(6)
-        self.last = nn.Linear(6, 5)
-        self.head = head
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.head(self.layer(x)))
-
-
-def _expanded(call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[int]]:
-    """The result of a call, and the number of dimensions of the gradients that became maps."""
-    dimensions: list[int] = []
-    cam = explainer.cam
-
-    def noting(activations: Tensor, gradients: Tensor, *args: Any, **options: Any) -> Tensor:
-        dimensions.append(gradients.dim())
-        return cam(activations, gradients, *args, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(explainer, "cam", noting)
-        return call(), dimensions
-
-
-MEANS: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean over positions": lambda y: y.mean((2, 3)),
-    "mean, negative dimensions": lambda y: y.mean((-1, -2), keepdim=True).flatten(1),
-    "adaptive pooling": lambda y: nn.functional.adaptive_avg_pool2d(y, 1).flatten(1),
-    "a head after the mean": lambda y: y.mean((2, 3)).sin().square(),
-    "the mean used twice": lambda y: (m := y.mean((2, 3))).exp() + m,
-}
-OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "something before the mean": lambda y: y.relu().mean((2, 3)),
-    "mean over rows alone": lambda y: y.mean(2).amax(2),
-    "mean over channels too": lambda y: y.mean((1, 2, 3))[:, None].expand(-1, 6),
-    "mean and maximum": lambda y: y.mean((2, 3)) + y.amax((2, 3)),
-    "two means": lambda y: y.mean((2, 3)) * y.mean((2, 3)),
-    "maximum": lambda y: y.amax((2, 3)),
-    "in-place work before the mean": lambda y: y.mul_(2).mean((2, 3)),
-}
-
-
-@pytest.mark.parametrize("name", [*MEANS, *OTHERS])
-@pytest.mark.parametrize("classes", [None, [[0, 1, 2]] * 2], ids=["one target", "three targets"])
-def test_gradients_that_are_the_same_everywhere_are_not_expanded(
-    name: str, classes: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    network = Head({**MEANS, **OTHERS}[name]).double()
-    images = network.images()
-    for method in ("gradcam", "hirescam", "gradcam++"):
-        found, dimensions = _expanded(lambda m=method: Explainer(network, "layer", m)(images, classes), monkeypatch)
-        assert dimensions == [3 if name in MEANS else 5]
-        # with a reshape the shortcut is not taken
-        plain, dimensions = _expanded(
-            lambda m=method: Explainer(network, "layer", m, reshape=lambda y: y)(images, classes), monkeypatch
-        )
-        assert dimensions == [5]
-        torch.testing.assert_close(found.maps, plain.maps)
-
-
-def test_the_mean_is_not_searched_for_at_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    def long(y: Tensor) -> Tensor:
-        y = y.mean((2, 3))
-        for _ in range(100):
-            y = y + 0.01
-        return y
-
-    network = Head(long).double()
-    _, dimensions = _expanded(lambda: Explainer(network, "layer")(network.images()), monkeypatch)
-    assert dimensions == [5]
-
-
 class Unbatchable(torch.autograd.Function):
     """A function whose backward leaves PyTorch, so that `torch.vmap` cannot follow."""
 
@@ -159,3 +79,39 @@ def test_a_backward_that_cannot_be_batched() -> None:
     found = Explainer(network, "layer", chunk_size=1)(images, [[0, 1]] * 2).maps
     network.head[2].forward = lambda x: 2 * x
     torch.testing.assert_close(found, Explainer(network, "layer")(images, [[0, 1]] * 2).maps)
+
+
+@pytest.mark.parametrize("budget", [1, 3_000, 10**9])
+def test_the_budget_decides_how_many_targets_are_pulled_back_at_a_time(
+    budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = make(InPlaceAfter)
+    images, classes = network.images(), [[0, 1, 2, 3, 4]] * 2
+    expected = Explainer(network, "layer")(images, classes)
+    targets: list[int] = []
+    grad = torch.autograd.grad
+
+    def noting(outputs: Any, inputs: Any, cotangents: Tensor, **options: Any) -> Any:
+        targets.append(len(cotangents) if options.get("is_grads_batched") else 1)
+        return grad(outputs, inputs, cotangents, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", noting)
+    found = Explainer(network, "layer", memory_budget=budget)(images, classes)
+    assert sum(targets) == 5
+    assert max(targets) == {1: 1, 10**9: 5}.get(budget, max(targets))
+    assert len(targets) > 1 or budget == 10**9
+    torch.testing.assert_close(found.maps, expected.maps)
+    torch.testing.assert_close(found.delta, expected.delta)
+
+
+def test_cotangents_too_are_within_the_budget() -> None:
+    network = make(InPlaceAfter)
+    seen: list[int] = []
+
+    def target(logits: Tensor, classes: Tensor) -> Tensor:
+        seen.append(classes.shape[1])
+        return logits.gather(1, classes)
+
+    cotangent = 2 * 5 * 8  # images, classes, bytes of a float64
+    Explainer(network, "layer", target=target, memory_budget=2 * cotangent)(network.images(), [[0, 1, 2, 3, 4]] * 2)
+    assert seen == [2, 2, 1]

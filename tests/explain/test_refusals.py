@@ -27,6 +27,8 @@ class TestRefusedArguments:
             ({"reshape": 3}, TypeError, "reshape: expected a function or None; got int"),
             ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1; got 0"),
             ({"chunk_size": 2.0}, TypeError, "chunk_size: expected an integer or None; got float"),
+            ({"memory_budget": 0}, ValueError, "memory_budget: expected a positive number of bytes; got 0"),
+            ({"memory_budget": 1e9}, TypeError, "memory_budget: expected an integer; got float"),
             ({"target": "logsumexp"}, TypeError, "target: expected LogitDifference, .* or a function"),
             ({"target": Logit}, TypeError, "target: expected an instance; got the class Logit; write Logit()"),
         ],
@@ -52,6 +54,13 @@ class TestRefusedArguments:
     def test_images(self, images: Any, error: type[Exception], message: str) -> None:
         with pytest.raises(error, match=message):
             Explainer(make(PooledConvolutions, torch.float32), "layer")(images)
+
+    def test_cuda_graphs_of_other_devices(self) -> None:
+        network = make(PooledConvolutions, torch.float32)
+        with pytest.raises(ValueError, match=r"example: expected images on a CUDA device.*got images on cpu"):
+            Explainer(network, "layer").capture(network.images(dtype=torch.float32))
+        with pytest.raises(TypeError, match=r"images: expected a torch.Tensor"):
+            Explainer(network, "layer").capture("images")
 
     def test_sizes_of_other_dimensions(self) -> None:
         network = make(Tokens)

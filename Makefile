@@ -3,6 +3,7 @@
 # make build  the environment (.venv) and the compiled library, nothing else
 # make lint   formatting, lint and types
 # make bench  regenerate benchmarks/results and the tables made from them
+# make gpu    on a machine with a GPU: build, test, check and measure, within nine minutes
 # make wheel  a manylinux wheel in dist/, tried in a clean environment
 # make clean  remove what these made, the fetched photos in .cache excepted
 
@@ -11,11 +12,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 CACHE := .cache
 PYTEST_FLAGS ?=
+GPU_FLAGS ?=
 
-NATIVE := setup.py pyproject.toml $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/include/diffcam/*.h)
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inc csrc/include/diffcam/*.h)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc csrc/include/diffcam/*.h)
+NATIVE := setup.py pyproject.toml $(SOURCES)
+CPP := $(SOURCES) $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda/*.cu)
 
-.PHONY: build demo test sanitize lint bench wheel clean
+.PHONY: build demo test sanitize lint bench gpu wheel clean
 
 build: $(VENV)/.built
 
@@ -49,6 +52,11 @@ lint: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.tables
+
+# With the Python that has PyTorch for the GPU, as it is: nothing is installed.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
 
 wheel: build
 	rm -rf build/wheel

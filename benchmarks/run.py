@@ -8,12 +8,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import environment, report
-from benchmarks.speed import bench_cam, bench_logit_difference, bench_memory
+from benchmarks.speed import (
+    bench_cam,
+    bench_end_to_end,
+    bench_growth,
+    bench_logit_difference,
+    bench_memory,
+    bench_overlay,
+)
 from benchmarks.speed.measure import NotCompiled, WrongResult
 
 BENCHMARKS: dict[str, Callable[[bool], report.Report]] = {
     "cam": bench_cam.run,
     "logit_difference": bench_logit_difference.run,
+    "overlay": bench_overlay.run,
+    "end_to_end": bench_end_to_end.run,
+    "growth": bench_growth.run,
     "memory": bench_memory.run,
 }
 
@@ -37,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.names or BENCHMARKS:
         try:
             found = BENCHMARKS[name](options.quick)
-        except (NotCompiled, WrongResult) as error:
+        except (NotCompiled, WrongResult, ImportError) as error:
             print(f"{name}: no results: {error}", file=sys.stderr)
             status = 1
             continue

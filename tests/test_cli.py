@@ -25,6 +25,7 @@ from diffcam_fast.cli.results import Results  # noqa: E402
 from diffcam_fast.cli.text import displayed, one_line, safe_name  # noqa: E402
 from diffcam_fast.explain import Explainer  # noqa: E402
 from diffcam_fast.models import load_model  # noqa: E402
+from diffcam_fast.ops.overlay import overlay  # noqa: E402
 from tests.models.sample_photos import sample  # noqa: E402
 
 ZOO = '''
@@ -177,7 +178,7 @@ def test_the_overlay_lies_on_what_the_model_saw():
 
     pixels = loaded.preprocessing.pixels(read_photo(path))[None]
     explanation = Explainer(loaded.model)(loaded.preprocessing.normalize(pixels), [[285]])
-    expected = viz.overlay(pixels, explanation.maps, "hot", 0.7)[0, 0].int()
+    expected = overlay(explanation.maps, pixels, colormap="hot", opacity=0.7, normalize=None)[0, 0].int()
     written = torch.from_numpy(np.array(Image.open("out/chelsea/overlay-285-Egyptian_cat.png"))).int()
     assert (written - expected).abs().max() <= 1
 
@@ -465,7 +466,7 @@ def test_photos_are_found_once_and_in_order(folder):
         (["explain", "a.png", "--device", "meta"], "meta"),
         (["explain", "a.png", "--dtype", "int8"], "--dtype: got 'int8'"),
         (["explain", "a.png", "--fit", "squeeze"], "--fit: got 'squeeze'"),
-        (["explain", "a.png", "--colormap", "voodoo"], "colormap: got 'voodoo'"),
+        (["explain", "a.png", "--colormap", "voodoo"], "got 'voodoo'"),
         (["explain", "a.png", "--opacity", "2"], "--opacity: got 2.0"),
         (["explain", "a.png", "--weights", "missing.pt"], "cannot read 'missing.pt'"),
         (["explain", "a.png", "--output", "a.png"], "a.png"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import diffcam_fast as dcf
+from benchmarks import figures
 from benchmarks.report import Bar, Column, Report, Row, Table
 from benchmarks.speed.measure import (
     COLD_CACHES,
@@ -18,34 +19,29 @@ from benchmarks.speed.measure import (
     Candidate,
     Effort,
     ReadCeiling,
-    cold_copies,
     compare,
     compiled,
+    in_words,
     require_compiled,
     thread_counts,
     threads,
 )
+from diffcam_fast.benchmark import kernels
+from diffcam_fast.benchmark.kernels import DTYPES, LAYOUTS, OPTIONS, SHAPES, Inputs, Shape, check_of
 from diffcam_fast.reference.cam import METHODS, finish
 from diffcam_fast.reference.cam import cam as reference_cam
 from tests.tolerances import HALF_ERROR_RATIO, MAP_SHARE_OF_RANGE, PEER_SHARE_OF_RANGE
 
-Shape = tuple[int, int, int, int]
-
-SHAPES: tuple[Shape, ...] = (
-    (1, 2048, 7, 7),
-    (32, 2048, 7, 7),
-    (32, 512, 14, 14),
-    (64, 1280, 7, 7),
-    (8, 64, 112, 112),
-)
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-OPTIONS = (True, "minmax", 1e-7)
-
 #: torch.bmm rounds weights and maps to the inputs' dtype: a few units in the last place of bfloat16, which are 2^-8.
 ROUNDED_MAPS = 4 * 2.0**-8
 
-#: The least share of the read ceiling that is asked for.
+LARGEST_BATCH = max(shape[0] for shape in SHAPES)
+
+#: The least share of the read ceiling that is asked for, and of inputs of more than so many bytes.
 SHARE_OF_READ = 0.7
+SHARE_OF_READ_LARGE, LARGE_BYTES = 0.85, 50e6
+
+CAPTION = "gradcam, inputs not in a cache: share of the machine's read bandwidth, by shape."
 
 INTRODUCTION = """\
 One call of `diffcam_fast.cam` (ReLU and min-max included) on a batch of activations and as many gradients.
@@ -91,34 +87,16 @@ def cases(quick: bool) -> list[Case]:
     counts = thread_counts()
     for shape in SHAPES:
         for layout in LAYOUTS:
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in DTYPES:
                 for count in counts:
                     found.append(Case("gradcam", shape, layout, dtype, count, False))
                     if shape[0] == 1:
                         found.append(Case("gradcam", shape, layout, dtype, count, True))
-                if dtype == torch.float32:
+                # gradcam stands for all of them where only the batch is larger.
+                if dtype == torch.float32 and shape[0] < LARGEST_BATCH:
                     others = (method for method in METHODS if method != "gradcam")
                     found += [Case(method, shape, layout, dtype, counts[-1], False) for method in others]
     return found
-
-
-class Inputs:
-    """Copies of random activations and gradients, enough of them to be cold."""
-
-    def __init__(self, shape: Shape, layout: str, dtype: torch.dtype, copies: int | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        # Positive and heavy-tailed, like the output of a ReLU, but without zeros. Gradients with a positive mean keep
-        # the maps off the zero of their own ReLU.
-        activations = torch.randn(shape, generator=generator).square_().add_(0.01)
-        gradients = torch.randn(shape, generator=generator).add_(0.02)
-        pair = [values.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for values in (activations, gradients)]
-        self.bytes = sum(values.numel() * values.element_size() for values in pair)
-        self.copies = [
-            (activations.clone(), gradients.clone())
-            for activations, gradients in [pair] * (copies or cold_copies(self.bytes))
-        ]
-        # The reference takes gradients with a target dimension: given here, so that no competitor pays for it.
-        self.canonical = [(activations, gradients.unsqueeze(1)) for activations, gradients in self.copies]
 
 
 def bmm_form(activations: Tensor, gradients: Tensor) -> Tensor:
@@ -128,20 +106,10 @@ def bmm_form(activations: Tensor, gradients: Tensor) -> Tensor:
     return finish(raw, *OPTIONS)
 
 
-def check_of(method: str, inputs: Inputs) -> Callable[[Tensor], float]:
-    """The error of maps of copy 0, as a share of range, against the float64 reference."""
-    activations, gradients = inputs.canonical[0]
-    exact = reference_cam(activations.double(), gradients.double(), method, *OPTIONS)
-    if not (exact.amax((2, 3)) > 0.5).all():
-        raise ValueError(f"{method}: these inputs give an empty map, and too much would pass for right")
-    return lambda found: (found.double().reshape(exact.shape) - exact).abs().max().item() / exact.max().item()
-
-
 def ours(method: str, inputs: Inputs) -> Candidate:
     """The op, with the check of its maps."""
     error = check_of(method, inputs)
-    tolerance = MAP_SHARE_OF_RANGE[torch.float32] + _allowance(method, inputs, error)
-    return Candidate(lambda copy: dcf.cam(*inputs.copies[copy], method), error, tolerance)
+    return kernels.ours(method, inputs, MAP_SHARE_OF_RANGE[torch.float32] + _allowance(method, inputs, error))
 
 
 def competitors(method: str, inputs: Inputs) -> dict[str, Candidate]:
@@ -178,18 +146,11 @@ def measure(case: Case, inputs: Inputs, ceiling: ReadCeiling, effort: Effort) ->
         contenders, what=_label(case.columns()), copies=len(inputs.copies), warm=case.warm, effort=effort
     )
     mine = timings["ours"]
-    gb_per_s = 1e-9 * inputs.bytes / mine.median
     row = {
         **case.columns(),
-        "bytes": inputs.bytes,
-        "rounds": mine.rounds,
         "error": errors["ours"],
-        **mine.milliseconds(),
-        "gb_per_s": gb_per_s,
+        **kernels.columns(inputs, mine, ceiling, timings.get("ceiling")),
     }
-    if not case.warm:
-        row["ceiling_gb_per_s"] = 1e-9 * ceiling.bytes_per_call / timings["ceiling"].median
-        row["share_of_read"] = gb_per_s / row["ceiling_gb_per_s"]
     for name in ("compile", "eager", "bmm"):
         if name in timings:
             row[f"{name}_error"] = errors[name]
@@ -234,7 +195,7 @@ def report(found: list[Row], ceilings: dict[int, ReadCeiling]) -> Report:
         cold_caches=COLD_CACHES,
         ceiling_bytes=first.PIECES * first.bytes_per_call >> 20,
         ceilings="; ".join(
-            f"{_threads(count)} {max(ceiling.gb_per_s.values()):.1f} GB/s ({ceiling.reader})"
+            f"{in_words(count)} {max(ceiling.gb_per_s.values()):.1f} GB/s ({ceiling.reader})"
             for count, ceiling in ceilings.items()
         ),
     )
@@ -247,6 +208,7 @@ def report(found: list[Row], ceilings: dict[int, ReadCeiling]) -> Report:
         bars=_bars(),
         label=_label,
         details={"read_ceilings": [ceiling.record() for ceiling in ceilings.values()]},
+        figures={"cam.png": (CAPTION, figure(found))},
     )
 
 
@@ -266,7 +228,7 @@ def _tables(found: list[Row]) -> list[Table]:
     others = [row for row in found if row["method"] != "gradcam"]
     tables = [
         Table(
-            f"gradcam, {dtype}, {_threads(count)}",
+            f"gradcam, {dtype}, {in_words(count)}",
             [row for row in gradcam if (row["dtype"], row["threads"]) == (dtype, count)],
             [*place, Column("cache", "cache"), *timing, Column("vs bmm", "vs_bmm", ".2f")],
         )
@@ -276,7 +238,7 @@ def _tables(found: list[Row]) -> list[Table]:
     ]
     for method in dict.fromkeys(row["method"] for row in others):
         chosen = [row for row in others if row["method"] == method]
-        title = f"{method}, {chosen[0]['dtype']}, {_threads(chosen[0]['threads'])}, cold"
+        title = f"{method}, {chosen[0]['dtype']}, {in_words(chosen[0]['threads'])}, cold"
         tables.append(Table(title, chosen, [*place, *timing]))
     return tables
 
@@ -297,14 +259,44 @@ def _bars() -> list[Bar]:
                 applies=lambda row, of_group=of_group: of_group(row) and not row["shape"].startswith("1x"),
                 show=".1%",
             ),
+            Bar(
+                f"{text}: at least {SHARE_OF_READ_LARGE:.0%} of read bandwidth, cold, inputs over 50 MB",
+                "share_of_read",
+                SHARE_OF_READ_LARGE,
+                at_least=True,
+                applies=lambda row, of_group=of_group: of_group(row) and row["bytes"] > LARGE_BYTES,
+                show=".1%",
+            ),
         ]
     return found
 
 
+def figure(found: list[Row]) -> bytes:
+    """Share of the read ceiling by shape: a panel for each number of threads, a bar for each dtype and layout."""
+    shown = [row for row in found if row["method"] == "gradcam" and row["cache"] == "cold"]
+    counts = sorted({row["threads"] for row in shown})
+    shapes = list(dict.fromkeys(row["shape"] for row in shown))
+    kinds = sorted({(row["dtype"], row["layout"]) for row in shown}, reverse=True)
+    width = 0.84 / len(kinds)
+    picture, panels = figures.empty(rows=len(counts), height=1.0 + 2.2 * len(counts))
+    for axes, count in zip(panels, counts, strict=True):
+        shares = {
+            (row["shape"], row["dtype"], row["layout"]): row["share_of_read"]
+            for row in shown
+            if row["threads"] == count
+        }
+        for index, kind in enumerate(kinds):
+            places = [place + (index - (len(kinds) - 1) / 2) * width for place in range(len(shapes))]
+            heights = [100 * shares.get((shape, *kind), math.nan) for shape in shapes]
+            axes.bar(places, heights, width, color=figures.COLORS[index], label=", ".join(kind))
+        axes.axhline(100, color="k", linewidth=0.8)
+        axes.axhline(100 * SHARE_OF_READ_LARGE, color="k", linewidth=0.8, linestyle="--")
+        axes.set_xticks(range(len(shapes)), shapes, fontsize=8)
+        axes.set(ylabel=f"% of read bandwidth,\n{in_words(count)}", ylim=(0, 112))
+    panels[0].legend(ncols=len(kinds), fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
+    return figures.png(picture)
+
+
 def _label(row: Row) -> str:
     keys = ("method", "shape", "layout", "dtype")
-    return ", ".join([*(row[key] for key in keys), _threads(row["threads"]), row["cache"]])
-
-
-def _threads(count: int) -> str:
-    return f"{count} thread{'s' if count > 1 else ''}"
+    return ", ".join([*(row[key] for key in keys), in_words(row["threads"]), row["cache"]])

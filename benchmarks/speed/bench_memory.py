@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import multiprocessing
 import os
@@ -11,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 
 import diffcam_fast as dcf
+from benchmarks import figures
 from benchmarks.report import Bar, Column, Report, Row, Table
 from diffcam_fast.backends import serving
 
@@ -103,9 +101,7 @@ def summary(samples: list[Row]) -> Row:
 
 def figure(samples: list[Row], found: Row) -> bytes:
     """Resident memory over explanations, as PNG."""
-    picture = Figure(figsize=(7, 3.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(picture)
-    axes = picture.add_subplot()
+    picture, (axes,) = figures.empty()
     counts = [row["explanations"] / 1000 for row in samples]
     axes.plot(counts, [row["resident_kb"] / 1024 for row in samples], marker=".", markersize=3)
     axes.axvspan(0, found["warm_up"] / 1000, color="0.9", label="warm-up")
@@ -113,9 +109,7 @@ def figure(samples: list[Row], found: Row) -> bytes:
     axes.set_ylim(bottom=0, top=1.15 * max(row["resident_kb"] for row in samples) / 1024)
     axes.set_title(f"growth after warm-up: {found['growth_kb_per_100000']:+d} KiB per 100,000 explanations")
     axes.legend(loc="lower right")
-    content = io.BytesIO()
-    picture.savefig(content, format="png", metadata={"Software": None})
-    return content.getvalue()
+    return figures.png(picture)
 
 
 def run(quick: bool = False) -> Report:

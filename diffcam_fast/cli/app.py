@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,7 @@ def run(arguments: list[str]) -> int:
     """Parse the arguments and run the command; errors of what was asked for take one line on the standard error."""
     command = typer.main.get_command(app)
     try:
-        return int(command.main(args=arguments, prog_name="diffcam", standalone_mode=False) or 0)
+        return int(command.main(args=arguments, prog_name="diffcam", standalone_mode=False, obj=arguments) or 0)
     except _ParserError as error:
         message = getattr(error, "format_message", error.__str__)()
     except OptionError as error:
@@ -136,6 +137,58 @@ def explain(
         for failure in failures:
             typer.echo(f"  {displayed(failure.photo)}: {one_line(failure.reason)}", err=True)
     return 1 if failures else 0
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="default, torchvision:NAME, timm:NAME or MODULE:FUNCTION.")
+    ] = "default",
+    weights: Annotated[
+        Path | None, typer.Option(help="State dict for the model. Without it: the model's own pretrained weights.")
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option("--layer", "-l", help="Layer to explain, by its dotted name. Without it: chosen."),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="The layer puts out tokens, and this many of them come before those of the positions."),
+    ] = None,
+    batch_sizes: Annotated[
+        list[int] | None, typer.Option("--batch-size", "-b", help="Images a batch; may be repeated. Without it: 1, 8.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Few rounds and one shape: to see that it works.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the results as JSON, CSV and Markdown.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON document.")] = False,
+) -> int:
+    """Measure this machine: the kernels against read bandwidth, and explained beside plain inference of a model."""
+    from diffcam_fast.benchmark import machine
+    from diffcam_fast.benchmark.measure import WrongResult
+    from diffcam_fast.cli.bench import Bench, BenchSettings, as_record, as_text
+
+    settings = BenchSettings(model, weights, layer, tokens, tuple(batch_sizes or (1, 8)), device, quick, output)
+    found = []
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        measurements = Bench(settings, shlex.join(["diffcam", *context.obj]))
+        if not as_json:
+            environment = measurements.environment
+            typer.echo(f"{machine.one_line(environment)}\nserved by the {environment['backend']} backend")
+        try:
+            for one in measurements.reports():
+                found.append(one)
+                if not as_json:
+                    typer.echo(f"\n{as_text(one)}")
+        except WrongResult as error:
+            typer.echo(f"diffcam: {one_line(error)}", err=True)
+            return 1
+    if as_json:
+        typer.echo(json.dumps(as_record(found, measurements.environment), indent=2))
+    return 0
 
 
 @app.command()

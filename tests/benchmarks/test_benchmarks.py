@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import diffcam_fast
 from benchmarks import environment, report, run
 from benchmarks.speed import bench_cam, bench_memory
 from benchmarks.speed.measure import QUICK, Candidate, NotCompiled, WrongResult, compare, require_compiled
@@ -23,15 +24,17 @@ def _files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", run.BENCHMARKS)
 def test_quick_run_writes_results_with_their_origin(name: str, tmp_path: Path) -> None:
-    if name in ("cam", "logit_difference") and absent_because("cpu") is not None:
+    if name in ("cam", "logit_difference", "overlay") and absent_because("cpu") is not None:
         pytest.skip(f"no compiled kernels: {absent_because('cpu')}")
+    if name in ("end_to_end", "growth"):
+        pytest.importorskip("tests.helpers.torchvision_cpu")
     threads = torch.get_num_threads()
 
     assert run.main([name, "--quick", "--output", str(tmp_path)]) == 0
 
-    figures = {"memory.png"} if name == "memory" else set()
-    assert _files(tmp_path) == {f"{name}.json", f"{name}.csv", f"{name}.md"} | figures
     found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert _files(tmp_path) == {f"{name}.json", f"{name}.csv", f"{name}.md", *found["figures"]}
+    assert all((tmp_path / figure).read_bytes().startswith(b"\x89PNG") for figure in found["figures"])
     assert found["environment"]["machine"]["cpu"]
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert found["environment"]["command"].startswith(f"python -m benchmarks.run {name} --quick")
@@ -88,8 +91,8 @@ def test_a_wrong_kernel_gives_no_table(
 ) -> None:
     if absent_because("cpu") is not None:
         pytest.skip(f"no compiled kernels: {absent_because('cpu')}")
-    right = bench_cam.dcf.cam
-    monkeypatch.setattr(bench_cam.dcf, "cam", lambda *arguments: 1.001 * right(*arguments))
+    right = diffcam_fast.cam
+    monkeypatch.setattr(diffcam_fast, "cam", lambda *arguments: 1.001 * right(*arguments))
 
     assert run.main(["cam", "--quick", "--output", str(tmp_path)]) == 1
 

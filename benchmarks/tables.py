@@ -1,0 +1,130 @@
+"""Tables in the README made from the committed results: `python -m benchmarks.tables [--check]`.
+
+A table stands between two comments, the first of which names it:
+
+    <!-- results: cam -->
+    <!-- end -->
+
+What is between them is replaced; a result that is not there leaves nothing between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment
+from benchmarks.report import Column, Row, Table, table_lines
+from diffcam_fast.benchmark import peers
+
+README = environment.ROOT / "README.md"
+
+_PLACE = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Content = dict[str, Any]
+
+
+def cam(content: Content) -> list[str]:
+    """Milliseconds by shape for each dtype and layout, with our time as a share of torch.compile's."""
+    threads = max(row["threads"] for row in content["rows"])
+    rows: dict[str, Row] = {}
+    kinds = {}
+    for row in content["rows"]:
+        if (row["method"], row["threads"], row["cache"]) == ("gradcam", threads, "cold"):
+            kind = f"{row['dtype']}, {row['layout']}"
+            kinds[kind] = (row["dtype"] != "float32", row["layout"] != "contiguous")
+            cells = rows.setdefault(row["shape"], {"shape": row["shape"]})
+            cells[kind] = f"{row['ms']:.3g} ({row['vs_compile']:.2f})"
+    columns = [Column(kind, kind, "s") for kind in sorted(kinds, key=kinds.__getitem__)]
+    return table_lines(Table("", list(rows.values()), [Column("activations", "shape"), *columns]))
+
+
+def end_to_end(content: Content) -> list[str]:
+    """Multiples of plain inference, ours, the floor and the peers'; misses in bold."""
+    present = [name for name in peers.PEERS if any(name in row for row in content["rows"])]
+    rows = [_marked(row, present, content["bars"]) for row in content["rows"] if "layers" in row]
+    columns = [
+        Column("work", "work"),
+        Column("network, batch", "place"),
+        Column("diffcam_fast", "ours", "s"),
+        Column("floor", "floor", ".2f"),
+        *(Column(peers.PEERS[name].title, name, "s") for name in present),
+    ]
+    return table_lines(Table("", rows, columns))
+
+
+def _marked(row: Row, present: Sequence[str], bars: Sequence[Content]) -> Row:
+    place = f"{row['network']}, {row['batch']}"
+    label = f"{row['work']}, {row['network']}, batch {row['batch']}"
+    missed = any(label in bar["missed"] for bar in bars if bar["column"] in ("multiple", "vs_floor"))
+    found = {"work": row["work"], "place": place, "floor": row["floor"]}
+    found["ours"] = f"**{row['multiple']:.3f}, missed**" if missed else f"{row['multiple']:.3f}"
+    for name in present:
+        if name in row:
+            # For a part of the work alone.
+            least = "over " if f"{name}_classes" in row else ""
+            found[name] = f"{least}{row[name]:.2f}"
+    return found
+
+
+def bars(content: Content) -> list[str]:
+    """Each limit of a result, and how many rows miss it."""
+    lines = []
+    for bar in content["bars"]:
+        if bar["rows"]:
+            missed = f"**missed in {len(bar['missed'])} of {bar['rows']} rows**"
+            lines.append(f"- {bar['bar']}: {missed if bar['missed'] else 'kept in all ' + str(bar['rows']) + ' rows'}")
+    return lines
+
+
+TABLES: dict[str, Callable[[Content], list[str]]] = {"cam": cam, "end_to_end": end_to_end}
+"""By the benchmark whose results they show. Its limits: the name with "bars" behind it, for any benchmark."""
+
+
+def render(text: str, folder: Path = environment.RESULTS) -> str:
+    """A text with its tables as the results have them.
+
+    Args:
+        text: Markdown with marked places.
+        folder: where the results are.
+
+    Raises:
+        ValueError: a place for a table that there is not.
+    """
+
+    def filled(place: re.Match[str]) -> str:
+        name, _, kind = place[2].partition(" ")
+        make = bars if kind == "bars" else TABLES.get(name) if not kind else None
+        if make is None:
+            raise ValueError(f"results: expected {', '.join(TABLES)}, or a benchmark with 'bars'; got {place[2]!r}")
+        path = folder / f"{name}.json"
+        lines = make(json.loads(path.read_text())) if path.is_file() else []
+        return place[1] + "".join(f"{line}\n" for line in lines) + place[3]
+
+    return _PLACE.sub(filled, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the README; with --check only say whether that would change it, as 1."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Tables in the README.")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where the tables are not up to date")
+    options = parser.parse_args(arguments)
+    text = README.read_text()
+    found = render(text)
+    if found == text:
+        return 0
+    if options.check:
+        print(f"{README.name}: tables differ from the results: python -m benchmarks.tables", file=sys.stderr)
+        return 1
+    README.write_text(found)
+    print(f"written: {README}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""pytorch-grad-cam's targets as scores: all at once where they are known, one by one where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffcam_fast.compat.engine import Cotangent
+from diffcam_fast.compat.formulas import weighted_difference_cotangent
+from diffcam_fast.compat.pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
+from diffcam_fast.explain.classes import classes_for, parse_classes
+from diffcam_fast.explain.targets import LogProbability, Probability
+from diffcam_fast.reference.cam import accumulation_dtype
+
+# Subclasses may do anything, and are called.
+_MODULES = (ClassifierOutputTarget.__module__, "pytorch_grad_cam.utils.model_targets")
+
+_Function = Callable[[Any], Tensor]
+
+
+class Wanted(Protocol):
+    """What is explained."""
+
+    @property
+    def several(self) -> bool:
+        """Whether the maps have a dimension of targets."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the functions were given by the caller."""
+
+    def score(self, outputs: Any) -> Cotangent | list[Tensor]:
+        """What is pulled back for the model's outputs; see `diffcam_fast.compat.engine.Score`."""
+
+    def functions(self, outputs: Any) -> list[list[_Function]]:
+        """For each of T targets, functions of the images' outputs."""
+
+
+class Targets:
+    """What the caller wants explained: T targets for each image.
+
+    Args:
+        given: None (the predicted class of each image), integers ``(N,)`` or ``(N, T)`` as a tensor or an array, or
+            a list with a function of one image's output for each image, or with a list of T such functions. One
+            entry serves any number of images; entries beyond the last image are left out.
+        images: N.
+        zeros: fewer functions than images leave the other images without a score, and so with a map of zeros.
+
+    Raises:
+        TypeError: something else is given.
+        ValueError: fewer functions than images, but for one; or as many functions for one image as for another there
+            are not.
+    """
+
+    def __init__(self, given: Any, images: int, *, zeros: bool = False) -> None:
+        self._rows: list[list[_Function]] | None = None
+        self.known = False
+        if given is None or isinstance(given, Tensor | np.ndarray):
+            self._parsed = parse_classes(given, images)
+            self.several = given is not None and given.ndim == 2
+            return
+        self.known = True
+        if not isinstance(given, Iterable):
+            raise TypeError(f"targets: expected None or a list with a target for each image; got {given!r}")
+        given = list(given)
+        self.several = any(isinstance(entry, list | tuple) for entry in given)
+        rows = [list(entry) if isinstance(entry, list | tuple) else [entry] for entry in given][:images]
+        for row in rows:
+            for target in row:
+                if not callable(target):
+                    raise TypeError(f"targets: expected functions of the model's output; got {type(target).__name__}")
+        if images and not rows:
+            raise ValueError("targets: expected at least one; got none")
+        if len({len(row) for row in rows}) > 1 or (rows and not rows[0]):
+            raise ValueError("targets: expected as many targets for each image, at least one")
+        if len(rows) < images and not zeros:
+            if len(rows) != 1:
+                raise ValueError(f"targets: expected one for each of {images} images, or one for all; got {len(rows)}")
+            rows = rows * images
+        self._rows = rows
+
+    def score(self, outputs: Any) -> Cotangent | list[Tensor]:
+        """See `Wanted.score`."""
+        if self._rows is None:
+            logits = _logits(outputs)
+            return Cotangent(_one_hot(logits, classes_for(self._parsed, logits)))
+        if isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.is_floating_point():
+            cotangent = _all_at_once(self._rows, _logits(outputs))
+            if cotangent is not None:
+                return Cotangent(cotangent)
+        return [
+            sum(row[number](output) for row, output in zip(self._rows, outputs, strict=False))  # type: ignore[misc]
+            for number in range(len(self._rows[0]))
+        ]
+
+    def functions(self, outputs: Any) -> list[list[_Function]]:
+        """See `Wanted.functions`; waits for the device where classes were predicted."""
+        if self._rows is None:
+            logits = _logits(outputs)
+            classes = classes_for(self._parsed, logits).T.tolist()
+            return [[ClassifierOutputTarget(category) for category in column] for column in classes]
+        return [list(column) for column in zip(*self._rows, strict=True)]
+
+
+class NearestRivals:
+    """A class against those whose logits are nearest to it, as FinerCAM picks them.
+
+    Args:
+        alpha: see `weighted_difference_cotangent`.
+        ranks: of the classes compared with, 0 being the nearest to the target's logit, which is the class itself;
+            those beyond the last class are left out. None: 1, 2 and 3.
+        target_idx: the class; None: that with the largest logit.
+    """
+
+    several = False
+    known = False
+
+    def __init__(self, alpha: float, ranks: Sequence[int] | None, target_idx: int | None) -> None:
+        self._alpha = alpha
+        self._ranks = ranks
+        self._target = target_idx
+
+    def score(self, outputs: Any) -> Cotangent:
+        """See `Wanted.score`.
+
+        Raises:
+            ValueError: no class is left to compare with.
+        """
+        logits = _logits(outputs)
+        classes, others = self._compared(logits)
+        alpha = torch.full_like(logits[:, :1], self._alpha)
+        return Cotangent(weighted_difference_cotangent(logits, classes, others.unsqueeze(1), alpha))
+
+    def functions(self, outputs: Any) -> list[list[_Function]]:
+        """See `Wanted.functions`."""
+        classes, others = self._compared(_logits(outputs))
+        pairs = zip(classes[:, 0].tolist(), others.tolist(), strict=True)
+        return [[FinerWeightedTarget(main, compared, self._alpha) for main, compared in pairs]]
+
+    def _compared(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = [rank for rank in ((1, 2, 3) if self._ranks is None else self._ranks) if rank < logits.shape[1]]
+        if not ranks:
+            raise ValueError(f"comparison_categories: expected ranks below {logits.shape[1]}; got {self._ranks}")
+        target = logits.amax(1) if self._target is None else logits[:, self._target]
+        order = (logits - target.unsqueeze(1)).abs().argsort(dim=1, stable=True)
+        return order[:, :1], order[:, ranks]
+
+
+def _logits(outputs: Any) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"targets: expected a model that returns logits (N, K), to choose classes; got {got}")
+    return outputs.detach().to(accumulation_dtype(outputs.dtype))
+
+
+def _all_at_once(rows: list[list[_Function]], logits: Tensor) -> Tensor | None:
+    """Cotangents (N, T, K), where all targets are of one known kind; None otherwise."""
+    kinds = {type(target) for row in rows for target in row}
+    if len(kinds) != 1:
+        return None
+    (kind,) = kinds
+    formula = _FORMULAS.get(kind.__qualname__) if kind.__module__ in _MODULES else None
+    known = logits[: len(rows)]
+    cotangent = None if formula is None else formula(rows, known)
+    if cotangent is None or len(known) == len(logits):
+        return cotangent
+    return torch.cat([cotangent, cotangent.new_zeros((len(logits) - len(known), *cotangent.shape[1:]))])
+
+
+def _logit(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    classes = _indices([[target.category for target in row] for row in rows], logits)
+    return None if classes is None else _one_hot(logits, classes)
+
+
+def _probability(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    classes = _indices([[target.category for target in row] for row in rows], logits)
+    return None if classes is None else Probability().scores(logits, classes).cotangent
+
+
+def _logit_and_log_probability(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    classes = _indices([[target.category for target in row] for row in rows], logits)
+    if classes is None:
+        return None
+    return _one_hot(logits, classes) + LogProbability().scores(logits, classes).cotangent
+
+
+def _weighted_difference(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    classes = _indices([[target.main_category for target in row] for row in rows], logits)
+    compared = [[list(target.comparison_categories) for target in row] for row in rows]
+    if classes is None or len({len(others) for row in compared for others in row}) != 1 or not compared[0][0]:
+        return None
+    others = _indices([[index for others in row for index in others] for row in compared], logits)
+    if others is None:
+        return None
+    alpha = torch.tensor([[float(target.alpha) for target in row] for row in rows], dtype=torch.float64)
+    alpha = alpha.to(logits.device, logits.dtype, non_blocking=True)
+    return weighted_difference_cotangent(logits, classes, others.reshape(*classes.shape, -1), alpha)
+
+
+_FORMULAS = {
+    "ClassifierOutputTarget": _logit,
+    "ClassifierOutputSoftmaxTarget": _probability,
+    "ClassifierOutputReST": _logit_and_log_probability,
+    "FinerWeightedTarget": _weighted_difference,
+}
+
+
+def _one_hot(logits: Tensor, classes: Tensor) -> Tensor:
+    cotangent = logits.new_zeros((*classes.shape, logits.shape[1]))
+    return cotangent.scatter_(2, classes.unsqueeze(2), 1.0)
+
+
+def _indices(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    """Indices (N, T) as Python counts them, from the end where negative; None for what is not an integer."""
+    count = logits.shape[1]
+    found = []
+    for row in rows:
+        for index in row:
+            if isinstance(index, bool) or not hasattr(index, "__index__"):
+                return None
+            number = index.__index__()
+            if not -count <= number < count:
+                raise IndexError(f"targets: class {number} is out of bounds for a model with {count} classes")
+            found.append(number % count)
+    return torch.tensor(found).reshape(len(rows), -1).to(logits.device, non_blocking=True)

@@ -180,9 +180,11 @@ def normalized(maps: Tensor) -> Tensor:
 
 def resized(maps: Tensor, size: tuple[int, ...] | None) -> Tensor:
     """Maps (N, T, H, W) at another size, from 0 to 1."""
+    # Before resizing too, as the explainer and pytorch-grad-cam have it: beside some raw maps EPS is not small.
+    finished = normalized(maps)
     if size is None:
-        return normalized(maps)
-    return normalized(functional.interpolate(maps, size, mode="bilinear", align_corners=False))
+        return finished
+    return normalized(functional.interpolate(finished, size, mode="bilinear", align_corners=False))
 
 
 class Plain:

@@ -33,7 +33,7 @@ RESIDUAL_BLOCKS = tuple(
 )
 #: No network of torchvision's: what its work costs is next to nothing.
 OVERHEAD, SMALL = "overhead of a call", Network("small network", "5")
-EFFORT = Effort(seconds=12.0)
+EFFORT = Effort(seconds=6.0)
 #: Of the images of a smoke run.
 QUICK_SIZE = 96
 

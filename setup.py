@@ -193,9 +193,11 @@ class Ninja:
             "  description = $out",
         ]
         if nvcc is not None:
+            # With a launcher or flags in CXX, such as "ccache g++", nvcc's own choice of host compiler stands.
+            host = f" -ccbin {shlex.quote(compiler)}" if len(shlex.split(compiler)) == 1 else ""
             self.lines += [
                 "rule compile_cuda",
-                f"  command = {nvcc.path} -ccbin {shlex.split(compiler)[0]} -MMD -MF $out.d $flags -c $in -o $out",
+                f"  command = {shlex.quote(nvcc.path)}{host} -MMD -MF $out.d $flags -c $in -o $out",
                 "  depfile = $out.d",
                 "  deps = gcc",
                 "  description = $out",

@@ -19,6 +19,7 @@ from benchmarks.speed.measure import (
     Candidate,
     Effort,
     ReadCeiling,
+    beside,
     compare,
     compiled,
     in_words,
@@ -151,12 +152,7 @@ def measure(case: Case, inputs: Inputs, ceiling: ReadCeiling, effort: Effort) ->
         "error": errors["ours"],
         **kernels.columns(inputs, mine, ceiling, timings.get("ceiling")),
     }
-    for name in ("compile", "eager", "bmm"):
-        if name in timings:
-            row[f"{name}_error"] = errors[name]
-            row |= timings[name].milliseconds(f"{name}_")
-            row[f"vs_{name}"] = mine.median / timings[name].median
-    return row
+    return row | beside(timings, errors, ("compile", "eager", "bmm"))
 
 
 def rows(chosen: list[Case], ceilings: dict[int, ReadCeiling], effort: Effort) -> Iterator[Row]:

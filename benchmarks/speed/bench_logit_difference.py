@@ -17,6 +17,7 @@ from benchmarks.speed.measure import (
     QUICK,
     Candidate,
     Effort,
+    beside,
     compare,
     compiled,
     require_compiled,
@@ -138,11 +139,7 @@ def measure(case: Case, effort: Effort) -> Row:
     )
     mine = timings["ours"]
     row = {**case.columns(), "rounds": mine.rounds, "error": errors["ours"], **mine.milliseconds()}
-    for name in ("compile", "eager"):
-        row[f"{name}_error"] = errors[name]
-        row |= timings[name].milliseconds(f"{name}_")
-        row[f"vs_{name}"] = mine.median / timings[name].median
-    return row
+    return row | beside(timings, errors, ("compile", "eager"))
 
 
 def run(quick: bool = False) -> Report:

@@ -19,6 +19,7 @@ from benchmarks.speed.measure import (
     QUICK,
     Candidate,
     Effort,
+    beside,
     compare,
     compiled,
     require_compiled,
@@ -201,12 +202,7 @@ def measure(case: Case, effort: Effort) -> Row:
     )
     mine = timings["ours"]
     row = {**case.columns(), "rounds": mine.rounds, "error": errors["ours"], **mine.milliseconds()}
-    for name in COMPARED:
-        if name in timings:
-            row[f"{name}_error"] = errors[name]
-            row |= timings[name].milliseconds(f"{name}_")
-            row[f"vs_{name}"] = mine.median / timings[name].median
-    return row
+    return row | beside(timings, errors, COMPARED)
 
 
 def run(quick: bool = False) -> Report:

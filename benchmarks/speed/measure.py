@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ __all__ = [
     "ReadCeiling",
     "Timing",
     "WrongResult",
+    "beside",
     "check",
     "cold_copies",
     "compare",
@@ -77,3 +78,20 @@ def compiled(function: Callable[..., Any], *example: Any) -> Callable[..., Any]:
     with torch._inductor.config.patch(compile_threads=1):
         fast(*example)
     return fast
+
+
+def beside(timings: Mapping[str, Timing], errors: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Columns of those that "ours" is compared with: error, times, and our median as a share of theirs.
+
+    Args:
+        timings: from `compare`, "ours" among them.
+        errors: from `compare`.
+        names: of the others; those that were not timed are left out.
+    """
+    columns: dict[str, float] = {}
+    for name in names:
+        if name in timings:
+            columns[f"{name}_error"] = errors[name]
+            columns |= timings[name].milliseconds(f"{name}_")
+            columns[f"vs_{name}"] = timings["ours"].median / timings[name].median
+    return columns

@@ -1,0 +1,4 @@
+"""Published studies on whether explanations can be trusted, run anew on real networks and real images.
+
+A study is a module with `NAME`, `TITLE`, `QUESTION` and `run(settings)`; `python -m benchmarks.studies` runs them.
+"""

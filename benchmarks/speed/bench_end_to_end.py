@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+import torch._inductor.config
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks import figures
 from benchmarks.report import Bar, Column, Report, Row, Table
 from benchmarks.speed.bench_memory import small_network
-from benchmarks.speed.measure import QUICK, Candidate, Effort, in_words, thread_counts, threads
+from benchmarks.speed.measure import QUICK, Candidate, Effort, compare, in_words, thread_counts, threads
 from benchmarks.speed.networks import OTHERS, POOLED, SIZE, Network
 from diffcam_fast.benchmark import peers
 from diffcam_fast.benchmark.end_to_end import Floor, absence_line, absent_peers, columns, row
@@ -25,12 +26,15 @@ from diffcam_fast.benchmark.explanations import (
     bare_pull_back,
     classes_with_evidence,
     images,
+    inference,
+    ours,
 )
 
 ONE, FIVE, ALL, BLOCKS = "one class, last layer", "top 5 classes", "all 1000 classes", "every residual block"
 RESIDUAL_BLOCKS = tuple(
     f"layer{stage}.{block}" for stage, count in enumerate((3, 4, 6, 3), start=1) for block in range(count)
 )
+COMPILED = "compiled, one class, last layer"
 #: No network of torchvision's: what its work costs is next to nothing.
 OVERHEAD, SMALL = "overhead of a call", Network("small network", "5")
 EFFORT = Effort(seconds=6.0)
@@ -49,9 +53,11 @@ were checked against ours, and ours against Grad-CAM in plain PyTorch, before an
 
 *floor*: plain inference plus the bare pull-back from the logits to the layer, of a graph that is there already; for all
 classes plus the bare product of the head's weight and the activations; for every block the bare forward pass and
-gradient of the images, parameters frozen. *vs floor*: our time by that. *plain PyTorch*: hooks, one differentiation a
-class, weighted sum. torchcam and captum do not resize to the images; two lines of PyTorch do that for them. Where all
-classes or every block would take another library minutes it gets a part of the work, and its figure is **for that part
+gradient of the images, parameters frozen. *vs floor*: our time by that. *compiled*: `Explainer.compile` beside the
+model's forward pass under `torch.compile`, in the same turns; compiling is not in the time. *plain PyTorch*: hooks, one
+differentiation a class, weighted sum. torchcam and captum do not resize to the images; two lines of PyTorch do that for
+them. Where all classes or every block would take another library minutes it gets a part of the work, and its figure is
+**for that part
 alone**: {parts}.{absent}"""
 
 
@@ -72,6 +78,8 @@ class Case:
 
 
 RESNET50 = POOLED[0]
+#: A large and a small one: each takes minutes to compile.
+COMPILED_NETWORKS = POOLED[:2]
 MANY = (
     Case(FIVE, RESNET50, 8),
     Case(ALL, RESNET50, 8, {"plain": (50, 1), "torchcam": (50, 1), "captum": (2, 1), "pytorch_grad_cam": (2, 1)}),
@@ -83,7 +91,12 @@ def cases(quick: bool) -> list[Case]:
     """What is measured; cases of the same network follow each other."""
     if quick:
         return [Case(ONE, POOLED[1], 1)]
-    one = [Case(ONE, network, batch) for network in (*POOLED, *OTHERS) for batch in (1, 8)]
+    one = [
+        Case(work, network, batch)
+        for network in (*POOLED, *OTHERS)
+        for work in ((ONE, COMPILED) if network in COMPILED_NETWORKS else (ONE,))
+        for batch in (1, 8)
+    ]
     return [*MANY, *one]
 
 
@@ -97,7 +110,7 @@ def work_of(case: Case, model: nn.Module, size: int) -> Work:
         count = 5 if case.work == FIVE else 1
         classes = classes_with_evidence(model, batch, network.layer, network.reshape, count)
     layers = RESIDUAL_BLOCKS if case.work == BLOCKS else (network.layer,)
-    return Work(model, batch, classes, layers, network.reshape, at_input_size=case.work in (ONE, FIVE))
+    return Work(model, batch, classes, layers, network.reshape, at_input_size=case.work in (ONE, FIVE, COMPILED))
 
 
 def floor_of(case: Case, work: Work) -> Floor:
@@ -139,13 +152,51 @@ def measure(case: Case, model: nn.Module, effort: Effort, size: int = SIZE) -> R
     return found
 
 
+def measure_compiled(case: Case, model: nn.Module, effort: Effort, size: int = SIZE) -> Row:
+    """One row of compiled explanations beside compiled and eager inference. The number of threads is set already.
+
+    Raises:
+        WrongResult: maps or logits are wrong; nothing is timed then.
+    """
+    work = work_of(case, model, size)
+    # What was compiled for other shapes counts against a limit.
+    torch._dynamo.reset()
+    candidates = {
+        "eager": inference(work),
+        "eager_ours": ours(work),
+        "inference": inference(work, compiled=True),
+        "ours": ours(work, compiled=True),
+    }
+    # In this process: no pool of compilers is left behind on the processors.
+    with torch._inductor.config.patch(compile_threads=1):
+        for candidate in candidates.values():
+            candidate.run(0)
+    timings, errors = compare(candidates, what=case.what, effort=effort)
+    mine = timings["ours"]
+    return {
+        "work": case.work,
+        "network": case.network.name,
+        "batch": case.batch,
+        "threads": torch.get_num_threads(),
+        "rounds": mine.rounds,
+        **mine.multiple("multiple", timings["inference"]),
+        **mine.multiple("vs_eager", timings["eager"]),
+        **timings["inference"].multiple("inference_vs_eager", timings["eager"]),
+        **timings["eager_ours"].multiple("eager_multiple", timings["eager"]),
+        **timings["inference"].milliseconds("inference_"),
+        **timings["eager"].milliseconds("eager_"),
+        **mine.milliseconds("ours_"),
+        "error": errors["ours"],
+    }
+
+
 def rows(chosen: list[Case], effort: Effort, size: int) -> Iterator[Row]:
     """Measure the cases; a network is built once for those that share it."""
     built: Network | None = None
     for case in tqdm(chosen, desc="end_to_end", disable=None):
         if built != case.network:
             built, model = case.network, case.network.build()
-        yield measure(case, model, effort, size)
+        yield (measure_compiled if case.work == COMPILED else measure)(case, model, effort, size)
 
 
 def overhead(effort: Effort) -> Row:
@@ -255,6 +306,12 @@ def bars(present: list[str]) -> list[Bar]:
             1.02,
             applies=partial(of, BLOCKS),
         ),
+        Bar(
+            "compiled, where compiling pays: an explained prediction at most as much as an unexplained eager one",
+            "vs_eager",
+            1.0,
+            applies=lambda row: row["work"] == COMPILED and row["inference_vs_eager"] < 1,
+        ),
         *(
             Bar(
                 f"less than {peers.PEERS[name].title}",
@@ -269,12 +326,28 @@ def bars(present: list[str]) -> list[Bar]:
 
 def _tables(found: list[Row], present: list[str]) -> list[Table]:
     one = [row for row in found if row["work"] == ONE]
-    many = [row for row in found if row["work"] not in (ONE, OVERHEAD)]
+    many = [row for row in found if row["work"] not in (ONE, COMPILED, OVERHEAD)]
+    compiled = [row for row in found if row["work"] == COMPILED]
     small = [row for row in found if row["work"] == OVERHEAD]
     place = [Column("network", "network"), Column("batch", "batch")]
     tables = [
         Table("One class, last layer", one, [*place, *columns(present)]),
         Table("Many classes, many layers", many, [Column("work", "work"), *place, *columns(present)]),
+        Table(
+            "Compiled, one class, last layer",
+            compiled,
+            [
+                *place,
+                Column("explained, of compiled inference", "multiple", ".3f"),
+                Column("p20", "multiple_p20", ".3f"),
+                Column("p80", "multiple_p80", ".3f"),
+                Column("explained, of eager inference", "vs_eager", ".3f"),
+                Column("compiled inference, of eager", "inference_vs_eager", ".3f"),
+                Column("eager explained, of eager", "eager_multiple", ".3f"),
+                Column("compiled inference ms", "inference_ms", ".3g"),
+                Column("rounds", "rounds", "d"),
+            ],
+        ),
         Table(
             "Microseconds that a call costs beside inference and the bare pull-back, one small image, 1 thread",
             small,

@@ -119,8 +119,13 @@ def classes_with_evidence(
     return likely.gather(1, evident.int().argsort(stable=True, dim=1, descending=True)[:, :count]).clone()
 
 
-def explaining(work: Work) -> Callable[[int], tuple[Explanation, Maps]]:
-    """A function that explains by `Explainer`, and returns the maps beside the explanation."""
+def explaining(work: Work, *, compiled: bool = False) -> Callable[[int], tuple[Explanation, Maps]]:
+    """A function that explains by `Explainer`, and returns the maps beside the explanation.
+
+    Args:
+        work: what it explains.
+        compiled: whether by `Explainer.compile`, for images of this shape. The first call compiles.
+    """
     explainer = Explainer(
         work.model,
         list(work.layers),
@@ -128,27 +133,29 @@ def explaining(work: Work) -> Callable[[int], tuple[Explanation, Maps]]:
         size="input" if work.at_input_size else None,
         reshape=work.reshape,
     )
+    explain = explainer.compile(dynamic=False) if compiled else explainer
 
     def run(copy: int) -> tuple[Explanation, Maps]:
-        explanation = explainer(work.images, work.classes)
+        explanation = explain(work.images, work.classes)
         return explanation, [explanation.maps] if work.at_input_size else list(explanation.layer_maps.values())
 
     return run
 
 
-def ours(work: Work) -> Candidate:
-    """The explainer, checked against Grad-CAM written out in plain PyTorch."""
+def ours(work: Work, *, compiled: bool = False) -> Candidate:
+    """The explainer, checked against Grad-CAM written out in plain PyTorch; see `explaining`."""
     expected = Plain(work).run(0)
-    return Candidate(explaining(work), lambda found: error_of_maps(found[1], expected), TOLERANCE)
+    return Candidate(explaining(work, compiled=compiled), lambda found: error_of_maps(found[1], expected), TOLERANCE)
 
 
-def inference(work: Work) -> Candidate:
-    """The model alone; its logits have to be those of the explanation."""
+def inference(work: Work, *, compiled: bool = False) -> Candidate:
+    """The model alone, or compiled by `torch.compile`; its logits have to be those of the explanation."""
     logits = explaining(work)(0)[0].logits
+    model: Any = torch.compile(work.model, fullgraph=True, dynamic=False) if compiled else work.model
 
     def run(copy: int) -> Tensor:
         with torch.inference_mode():
-            found: Tensor = work.model(work.images)
+            found: Tensor = model(work.images)
             return found
 
     def error(found: Tensor) -> float:

@@ -28,24 +28,37 @@ class Captured:
     output: Tensor
     """As the layer put it out; where the model changes it afterwards, it changes a copy."""
 
-    edge: GradientEdge
-    """Where the gradient with respect to `output` arrives."""
-
     handed_on: Tensor
     """What the rest of the model got: `output` itself or a copy."""
 
-    used: GradientEdge
-    """Where the rest of the model meets the layer: the edge of `handed_on` before anything was done in place."""
+    edges: tuple[GradientEdge | None, GradientEdge | None]
+    """Of both, before anything was done to them in place; None for a leaf of the graph, whose edge stays the same."""
 
     versions: tuple[int, int]
 
     aliased: bool
-    """The layer put out memory of its input, which the model may change by that name."""
+    """The layer put out memory of its input, which the model may change by that name; `output` is a copy of it."""
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where the gradient with respect to `output` arrives."""
+        # A leaf has to be asked in a way that costs as much as an operator: only where somebody wants to know.
+        return self.edges[0] or get_gradient_edge(self.output)
+
+    @property
+    def used(self) -> GradientEdge:
+        """Where the rest of the model meets the layer: the edge of `handed_on`."""
+        return self.edges[1] or get_gradient_edge(self.handed_on)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the rest of the model got a leaf of the graph."""
+        return self.edges[1] is None
 
     @property
     def untouched(self) -> bool:
         """Whether the model left alone what it was handed, so that it need not get a copy."""
-        return not self.aliased and (self.output._version, self.handed_on._version) == self.versions
+        return (self.output._version, self.handed_on._version) == self.versions
 
 
 class LayerHooks(ABC):
@@ -170,19 +183,24 @@ class Capture(LayerHooks):
         self._record()
         kept = output if output.requires_grad else ordinary(output)
         untouched = name in self._untouched
-        aliased = not untouched and any(isinstance(t, Tensor) and _share_memory(t, output) for t in inputs)
+        # The model may change memory of the layer's input by that name, too. Where it is of inference mode PyTorch
+        # refuses to, from here on.
+        guarded = untouched and output.is_inference()
+        aliased = not guarded and any(isinstance(t, Tensor) and _share_memory(t, output) for t in inputs)
         if aliased:
             kept = kept.clone()
-        if not kept.requires_grad:
+        edge = None
+        if kept.requires_grad:
+            edge = get_gradient_edge(kept)
+        else:
             kept.requires_grad_()
-        edge = used = get_gradient_edge(kept)
-        handed_on = kept
+        handed_on, used = kept, edge
         if not untouched:
             # A copy, because the rest of the model may work in place (a ReLU, a residual sum).
             handed_on = kept.clone()
             used = get_gradient_edge(handed_on)
         versions = kept._version, handed_on._version
-        self._captured[index] = Captured(kept, edge, handed_on, used, versions, aliased)
+        self._captured[index] = Captured(kept, handed_on, (edge, used), versions, aliased)
         return None if handed_on is output else handed_on
 
     def outputs(self) -> dict[str, Captured]:

@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# So many classes are looked at one by one sooner than by an operator.
+_LISTED = 64
+
 
 def parse_classes(classes: Any, images: int) -> Tensor | None:
     """Check the classes' form before the model runs.
@@ -26,7 +29,8 @@ def parse_classes(classes: Any, images: int) -> Tensor | None:
     """
     if classes is None:
         return None
-    if isinstance(classes, Integral) and not isinstance(classes, bool):
+    # Tensors first: asking one whether it is a number takes longer than all of this.
+    if not isinstance(classes, Tensor) and isinstance(classes, Integral) and not isinstance(classes, bool):
         return torch.tensor(int(classes))
     tensor = classes if isinstance(classes, Tensor) else _from_array(classes)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
@@ -57,7 +61,7 @@ def classes_for(parsed: Tensor | None, logits: Tensor) -> Tensor:
         return logits.detach().argmax(1, keepdim=True)
     count = logits.shape[1]
     if parsed.device.type == "cpu" and parsed.numel() > 0:
-        low, high = (int(bound) for bound in parsed.aminmax())
+        low, high = _bounds(parsed)
         if low < 0 or high >= count:
             raise ValueError(
                 f"classes: expected indices from 0 to {count - 1} for {count} classes; got {low} to {high}"
@@ -66,6 +70,14 @@ def classes_for(parsed: Tensor | None, logits: Tensor) -> Tensor:
             return torch.full((logits.shape[0], 1), int(parsed), dtype=torch.int64, device=logits.device)
     moved = parsed.to(logits.device, torch.int64, non_blocking=True)
     return moved.expand(logits.shape[0], 1) if moved.dim() == 0 else moved
+
+
+def _bounds(classes: Tensor) -> tuple[int, int]:
+    if classes.numel() > _LISTED:
+        low, high = classes.aminmax()
+        return int(low), int(high)
+    listed = classes.flatten().tolist()
+    return min(listed), max(listed)
 
 
 def _from_array(classes: Any) -> Tensor:

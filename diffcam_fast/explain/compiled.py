@@ -125,7 +125,7 @@ class CompiledExplainer:
     def _layer(self, name: str, layer: Captured, tail: Tail) -> _Layer:
         output = layer.output
         once = self.explainer.reshape is None and (self.explainer.method == "gradcam" or name in tail.pools)
-        return _Layer(tuple(output.shape[1:]), output.dtype, output.device, once, layer.untouched)
+        return _Layer(tuple(output.shape[1:]), output.dtype, output.device, once, layer.untouched and not layer.aliased)
 
     def _program(self, plan: _Plan) -> Any:
         copied = tuple(name for name, layer in plan.layers.items() if not layer.untouched)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +26,7 @@ _leases: dict[int, _Lease] = {}
 _lock = threading.Lock()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+class evaluating:
     """Within, nothing the model does is recorded by autograd, and every module is in evaluation mode.
 
     Only the flag `training` is touched, not the method `eval`, which models override with work of their own.
@@ -36,22 +34,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     cache is off within: not in every supported PyTorch can a weight that was cast without gradients serve a pass
     that is recorded, be it the caller's cast and our pass or the other way round.
     """
-    leased = _lower_training_flags(model)
-    cached = torch.is_autocast_cache_enabled()
-    try:
-        # Leaving puts grad mode back, too.
-        with torch.inference_mode(False):
-            torch.set_grad_enabled(False)
-            torch.set_autocast_cache_enabled(False)
-            yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        _restore_training_flags(leased)
+
+    # A class and not a generator: a small network waits for the difference.
+    __slots__ = ("_cached", "_inference", "_leased", "_model", "_recorded")
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._leased = _lower_training_flags(self._model)
+        self._cached = torch.is_autocast_cache_enabled()
+        self._recorded = torch.is_grad_enabled()
+        self._inference = None
+        if torch.is_inference_mode_enabled():
+            self._inference = torch.inference_mode(False)
+            self._inference.__enter__()
+        torch._C._set_grad_enabled(False)
+        torch.set_autocast_cache_enabled(False)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._inference is not None:
+            self._inference.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._recorded)
+        torch.set_autocast_cache_enabled(self._cached)
+        _restore_training_flags(self._leased)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """What autocast casts to on a kind of device; None where it is off, or not known there."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    available = device_type in ("cpu", "cuda") or torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -64,10 +76,9 @@ def autocast_off(device_type: str) -> AbstractContextManager[Any]:
 
 
 def _lower_training_flags(model: nn.Module) -> list[_Lease]:
-    modules = _modules(model)
     leased = []
     with _lock:
-        concerned = [m for m in modules if m.training or (_leases and id(m) in _leases)]
+        concerned = _concerned(model)
         for module in concerned:
             lease = _leases.get(id(module))
             if lease is None:
@@ -78,19 +89,25 @@ def _lower_training_flags(model: nn.Module) -> list[_Lease]:
     return leased
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
-    # What `model.modules()` goes through, several times as fast: a small network waits for this. By id: modules may
-    # define their own equality.
+def _concerned(model: nn.Module) -> list[nn.Module]:
+    """The modules whose flag is up, or would be but for a lease."""
+    # What `model.modules()` goes through, several times as fast: a small network waits for this. A leaf that is in
+    # several places is met in each, which does no harm. By id: modules may define their own equality.
     found = [model]
-    seen = {id(model)}
+    parents = set()
+    concerned = []
     for module in found:
         children = module._modules
         if children:
+            if id(module) in parents:
+                continue
+            parents.add(id(module))
             for child in children.values():
-                if child is not None and id(child) not in seen:
-                    seen.add(id(child))
+                if child is not None:
                     found.append(child)
-    return found
+        if module.training or (_leases and id(module) in _leases):
+            concerned.append(module)
+    return concerned
 
 
 def _restore_training_flags(leased: list[_Lease]) -> None:

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from diffcam_fast.explain.finishing import EPS
 from diffcam_fast.explain.graph import Tail
-from diffcam_fast.explain.head import LinearHead
+from diffcam_fast.explain.head import FEW, LinearHead
 from diffcam_fast.explain.pull_back import pull_back
 from diffcam_fast.explain.shared import SharedScores
-from diffcam_fast.explain.targets import Scores, Target, TargetFunction, score
+from diffcam_fast.explain.targets import Logit, Scores, Target, TargetFunction, score
 from diffcam_fast.ops.cam import cam
-
-# Fewer classes than this have their cotangents written down.
-_SHARED_FROM = 16
 
 
 class Recipe(NamedTuple):
@@ -66,8 +63,9 @@ def gather_evidence(
         head = LinearHead(only, head_weight, recipe.method, recipe.relu, recipe.normalize, recipe.memory_budget)
     parts: list[Evidence] = []
     shared = None
-    if head is not None and classes.shape[1] >= _SHARED_FROM and isinstance(recipe.target, Target):
-        shared = recipe.target.shared_scores(logits, classes)
+    # The gradient of a single logit is a row of the weight: nothing has to be multiplied.
+    if head is not None and (classes.shape[1] >= FEW or type(recipe.target) is Logit):
+        shared = recipe.target.shared_scores(logits, classes) if isinstance(recipe.target, Target) else None
     scores: Scores | SharedScores
     for chosen, last in [(classes, True)] if shared is not None else _affordable(classes, logits, recipe):
         found: dict[str, list[Tensor]] = {name: [] for name in activations}

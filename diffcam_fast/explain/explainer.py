@@ -265,11 +265,13 @@ class Explainer:
             watch(tail)
         learned = habits
         weight = None
-        # For a single target autograd is as quick.
-        several = classes.shape[1] > 1 or (isinstance(self.target, Target) and self.target.targets_per_class > 1)
-        if several and habits.linear_head is not False and reshape is None and len(captured) == 1 and len(images) > 0:
+        if habits.linear_head is not False and reshape is None and len(captured) == 1 and len(images) > 0:
             (name,) = captured
-            weight = tail.head_weight(name)
+            # Asking autograd for a single target takes little longer, and is always right.
+            single = classes.shape[1] == 1 and not (
+                isinstance(self.target, Target) and self.target.targets_per_class > 1
+            )
+            weight = tail.head_weight(name, without_hooks=single)
             if weight is not None and habits.linear_head is None:
                 is_head = tail.is_head(name, weight)
                 learned = learned.with_head(is_head)

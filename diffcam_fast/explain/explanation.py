@@ -8,13 +8,10 @@ from functools import cached_property
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from diffcam_fast.explain.finishing import EPS, finished
+from diffcam_fast.explain.finishing import EPS, finished, resized
 from diffcam_fast.explain.positions import check_size
 from diffcam_fast.ops.overlay import overlay
-
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 class Explanation:
@@ -69,7 +66,7 @@ class Explanation:
         Layer maps resized (linear interpolation, corners not aligned) and normalised; of several layers their
         mean, which is normalised once more.
         """
-        return self.resized(self._size)
+        return self._at(self._size)
 
     def resized(self, size: Sequence[int]) -> Tensor:
         """The maps at another size.
@@ -84,11 +81,7 @@ class Explanation:
             TypeError: ``size`` is not a sequence of integers.
             ValueError: it has another number of dimensions than the maps, or one that is not positive.
         """
-        size = check_size(size)
-        resized = [self._resize(maps, size) for maps in self.layer_maps.values()]
-        if len(resized) == 1:
-            return resized[0]
-        return self._finish(torch.stack(resized).mean(0))
+        return self._at(check_size(size))
 
     def overlay(
         self, images: Tensor, colormap: str | Tensor = "jet", opacity: float = 0.5, *, blend: str = "proportional"
@@ -144,6 +137,13 @@ class Explanation:
         count, targets = self.delta.shape
         return f"Explanation(images={count}, targets={targets}, size={self._size}, layers={self.layers})"
 
+    def _at(self, size: tuple[int, ...]) -> Tensor:
+        found = [self._resize(maps, size) for maps in self.layer_maps.values()]
+        if len(found) == 1:
+            return found[0]
+        fused = torch.stack(found).mean(0)
+        return fused if self._normalize is None else finished(fused, False, self._normalize)
+
     def _resize(self, maps: Tensor, size: tuple[int, ...]) -> Tensor:
         if maps.shape[2:] == size:
             return maps
@@ -151,11 +151,7 @@ class Explanation:
             raise ValueError(
                 f"size: expected {maps.dim() - 2} lengths for maps of shape {tuple(maps.shape)}; got {size}"
             )
-        mode = _INTERPOLATION[len(size)]
-        return self._finish(functional.interpolate(maps, size, mode=mode, align_corners=False))
-
-    def _finish(self, maps: Tensor) -> Tensor:
-        return maps if self._normalize is None else finished(maps, False, self._normalize)
+        return resized(maps, size, self._normalize)
 
 
 def largest(sizes: Sequence[Sequence[int]]) -> tuple[int, ...]:

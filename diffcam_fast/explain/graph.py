@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Tail:
     """By layer, where there is one."""
 
     def __post_init__(self) -> None:
-        self._consumers = _consumers(self.logits)
+        self._reached = _reached(self.logits)
         self.pools = {}
         for name, layer in self.captured.items():
             pool = self._pool(layer)
@@ -62,7 +62,12 @@ class Tail:
                 self.pools[name] = pool
 
     def _pool(self, layer: Captured) -> Pool | None:
-        users = self._users(layer.used)
+        if self._reached is None:
+            return None
+        if layer.is_leaf:
+            users = self._reached.leaves.get(id(layer.handed_on), [])
+        else:
+            users = self._reached.consumers.get((layer.used.node, layer.used.output_nr), [])
         if len(users) != 1 or not _is_mean_over_positions(users[0], layer.output.dim()):
             return None
         # Hooks between layer and mean may change the gradient.
@@ -72,13 +77,14 @@ class Tail:
             return None
         return Pool(GradientEdge(users[0], 0), layer.output.shape[2:].numel())
 
-    def _users(self, edge: GradientEdge) -> list[Node]:
-        return self._consumers.get((edge.node, edge.output_nr), [])
-
-    def head_weight(self, name: str) -> Tensor | None:
+    def head_weight(self, name: str, *, without_hooks: bool = False) -> Tensor | None:
         """The weight (K, C), where the logits are one linear layer of the layer's pooled vector; else None.
 
         Hooks on tensors between the two do not show in the graph: see `is_head`.
+
+        Args:
+            name: the layer's.
+            without_hooks: only where every tensor on the way can be had, and none has a hook.
         """
         pool = self.pools.get(name)
         node = self.logits.grad_fn
@@ -97,23 +103,29 @@ class Tail:
         else:
             return None
         output = self.captured[name].output
-        if tuple(sizes) != tuple(output.shape[:2]) or _has_hooks(node):
+        if tuple(sizes) != tuple(output.shape[:2]) or output.device != self.logits.device or _has_hooks(node):
             return None
-        if not self._only_shapes(vector, pool, node):
+        shaped = self._only_shapes(vector, pool, node)
+        if shaped is None:
+            return None
+        if without_hooks and (node is not self.logits.grad_fn or not _are_bare(node, shaped)):
             return None
         weight: Tensor = known._saved_mat2
         return weight.detach().t()
 
-    def _only_shapes(self, vector: tuple[Node | None, int], pool: Pool, user: Node) -> bool:
-        """Whether the vector that a node uses is the pooled one, and nothing else uses it."""
+    def _only_shapes(self, vector: tuple[Node | None, int], pool: Pool, user: Node) -> int | None:
+        """How often the vector that a node uses was given another shape, if it is the pooled one and nobody else's."""
         node, number = vector
-        while node is not None and self._consumers.get((node, number)) == [user]:
+        shaped = 0
+        consumers = {} if self._reached is None else self._reached.consumers
+        while node is not None and consumers.get((node, number)) == [user]:
             if node is pool.edge.node:
-                return True
+                return shaped
             if node.name() not in _SHAPING or len(node.next_functions) != 1 or _has_hooks(node):
-                return False
+                return None
             user, (node, number) = node, node.next_functions[0]
-        return False
+            shaped += 1
+        return None
 
     def is_head(self, name: str, weight: Tensor) -> bool:
         """Whether autograd, asked for one target, finds what `head_weight` says. Waits for the device.
@@ -155,8 +167,30 @@ def _nodes(logits: Tensor) -> list[Node]:
     return found
 
 
-def _consumers(logits: Tensor) -> dict[_Slot, list[Node]]:
-    """Who uses each result; nothing where the graph is large."""
+def _are_bare(linear: Node, shaped: int) -> bool:
+    """Whether the vector that a linear layer saved, and the one that it is a view of, can be had and have no hooks."""
+    known: Any = linear
+    # Absent where the weight is frozen.
+    vector = known._saved_mat1 if linear.name() == "AddmmBackward0" else known._saved_self
+    # What is unpacked anew each time, as by hooks on saved tensors, is not the tensor that the model had.
+    if vector is None or vector is not (known._saved_mat1 if linear.name() == "AddmmBackward0" else known._saved_self):
+        return False
+    passed = [vector] if vector._base is None else [vector, vector._base]
+    return len(passed) == shaped + 1 and not any(tensor._backward_hooks for tensor in passed)
+
+
+class _Reached(NamedTuple):
+    """What a pull-back from the logits meets."""
+
+    consumers: dict[_Slot, list[Node]]
+    """Who uses each result."""
+
+    leaves: dict[int, list[Node]]
+    """Who uses each leaf, by its id."""
+
+
+def _reached(logits: Tensor) -> _Reached | None:
+    """All that a pull-back meets; None where that is much."""
     assert logits.grad_fn is not None
     consumers: dict[_Slot, list[Node]] = {}
     seen = {logits.grad_fn}
@@ -169,10 +203,11 @@ def _consumers(logits: Tensor) -> dict[_Slot, list[Node]]:
             consumers.setdefault((following, number), []).append(node)
             if following not in seen:
                 if len(seen) == _NODES_SEARCHED:
-                    return {}
+                    return None
                 seen.add(following)
                 waiting.append(following)
-    return consumers
+    leaves = {id(node.variable): users for (node, _), users in consumers.items() if hasattr(node, "variable")}
+    return _Reached(consumers, leaves)
 
 
 def _has_hooks(node: Node) -> bool:

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffcam_fast.explain.finishing import EPS, finished
+from diffcam_fast.explain.finishing import EPS, finished, unchecked_cam
 from diffcam_fast.explain.shared import SharedCotangent
-from diffcam_fast.ops.cam import cam
 from diffcam_fast.reference.cam import XGRADCAM_EPS, accumulation_dtype
 
 # Methods whose maps are linear in gradients that are the same at every position.
 _LINEAR = ("gradcam", "hirescam", "xgradcam")
 
-# From this share of all classes on, maps of all classes are computed and the ones asked for picked.
+# Whose maps are as many times as large where gradients are.
+_PROPORTIONAL = (*_LINEAR, "layercam", "elementwise")
+
+# From this share of all classes on, if there are more than a few, maps of all classes are computed and the ones asked
+# for picked.
 _PICKED_FROM = 0.25
+
+#: Fewer classes than this have their cotangents written down, unless those are ones and zeros.
+FEW = 16
 
 
 @dataclass
@@ -45,7 +51,7 @@ class LinearHead:
         weight = self.weight.to(self.activations.device, dtype)
         if isinstance(cotangents, SharedCotangent):
             targets = cotangents.classes.shape[1]
-            if self.method in _LINEAR and targets >= _PICKED_FROM * len(weight):
+            if self.method in _LINEAR and targets >= max(FEW, _PICKED_FROM * len(weight)):
                 return finished(self._picked(cotangents, weight), self.relu, self.normalize)
         else:
             targets = cotangents.shape[1]
@@ -54,18 +60,23 @@ class LinearHead:
         positions = self.activations.shape[2:].numel()
         parts = []
         for start in range(0, targets, step):
-            chunk = cotangents[:, start : start + step]
-            gradients = chunk @ weight if isinstance(chunk, Tensor) else chunk.times(weight)
-            gradients = (gradients / positions).to(self.activations.dtype)
-            parts.append(self._from_gradients(gradients))
+            some = slice(start, start + step)
+            if isinstance(cotangents, Tensor):
+                gradients = cotangents[:, some] @ weight
+            else:
+                gradients = (cotangents if targets <= step else cotangents.targets(some)).times(weight)
+            parts.append(self._from_pooled_gradients(gradients, positions))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def _from_gradients(self, gradients: Tensor) -> Tensor:
-        activations = self.activations
-        # (N, T, C) could be taken for one gradient (N, C, S) where T = C = S.
-        if activations.dim() == 3 and gradients.shape == activations.shape:
-            gradients = gradients.unsqueeze(3).expand(*gradients.shape, activations.shape[2])
-        return cam(activations, gradients, self.method, relu=self.relu, normalize=self.normalize, eps=EPS)
+    def _from_pooled_gradients(self, gradients: Tensor, positions: int) -> Tensor:
+        eps = EPS
+        if self.normalize is None or self.method not in _PROPORTIONAL:
+            gradients /= positions
+        else:
+            # Maps that are as many times as large, beside an eps that is as large, come out the same.
+            eps *= positions
+        gradients = gradients.to(self.activations.dtype)
+        return unchecked_cam(self.activations, gradients, self.method, self.relu, self.normalize, eps)
 
     def _picked(self, cotangent: SharedCotangent, weight: Tensor) -> Tensor:
         """Raw maps, from those of all classes."""
@@ -84,7 +95,13 @@ class LinearHead:
             first = torch.arange(len(each), device=each.device).unsqueeze(1) * classes
             rows = (cotangent.classes[some] + first).flatten()
             own = each.flatten(0, 1).index_select(0, rows).reshape(len(each), -1, positions)
-            own *= (cotangent.own[some] / positions).unsqueeze(2)
+            if cotangent.own is None:
+                own /= positions
+            else:
+                own *= (cotangent.own[some] / positions).unsqueeze(2)
+            if cotangent.mix is None or cotangent.shared is None:
+                raw[some] = own
+                continue
             shared = torch.bmm(cotangent.shared[some], each)
             torch.baddbmm(own, cotangent.mix[some], shared, alpha=1 / positions, out=raw[some])
         return raw.reshape(images, -1, *size)

@@ -16,29 +16,39 @@ from diffcam_fast.ops.logit_difference import logit_difference
 
 
 class SharedCotangent(NamedTuple):
-    """``cotangent[n, t] = own[n, t] one_hot(classes[n, t]) + sum_r mix[n, t, r] shared[n, r]``."""
+    """``cotangent[n, t] = own[n, t] one_hot(classes[n, t]) + sum_r mix[n, t, r] shared[n, r]``.
+
+    None in place of `own` stands for ones, in place of `mix` and `shared` for nothing that is shared.
+    """
 
     classes: Tensor
     """(N, T), int64."""
 
-    own: Tensor
+    own: Tensor | None = None
     """(N, T)."""
 
-    mix: Tensor
+    mix: Tensor | None = None
     """(N, T, R)."""
 
-    shared: Tensor
+    shared: Tensor | None = None
     """(N, R, K)."""
 
-    def __getitem__(self, index: tuple[slice, slice]) -> SharedCotangent:  # type: ignore[override]
-        """Some of the images and targets."""
-        images, _ = index
-        return SharedCotangent(self.classes[index], self.own[index], self.mix[index], self.shared[images])
+    def targets(self, some: slice) -> SharedCotangent:
+        """Some of the targets."""
+        return SharedCotangent(
+            self.classes[:, some],
+            None if self.own is None else self.own[:, some],
+            None if self.mix is None else self.mix[:, some],
+            self.shared,
+        )
 
     def times(self, weight: Tensor) -> Tensor:
         """``cotangent @ weight``, (N, T, C), for a weight (K, C)."""
-        product = weight[self.classes]
-        product *= self.own.unsqueeze(2)
+        product = torch.embedding(weight, self.classes)
+        if self.own is not None:
+            product *= self.own.unsqueeze(2)
+        if self.mix is None or self.shared is None:
+            return product
         return torch.baddbmm(product, self.mix, self.shared @ weight)
 
 
@@ -52,12 +62,7 @@ class SharedScores(NamedTuple):
 
 def one_hot_scores(logits: Tensor, classes: Tensor) -> SharedScores:
     """Scores that are the classes' logits."""
-    delta = logits.gather(1, classes)
-    nothing = logits.new_zeros((*classes.shape, 0))
-    cotangent = SharedCotangent(
-        classes, torch.ones_like(delta), nothing, logits.new_zeros((len(logits), 0, logits.shape[1]))
-    )
-    return SharedScores(delta, cotangent)
+    return SharedScores(logits.gather(1, classes), SharedCotangent(classes))
 
 
 def difference_scores(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 
 from benchmarks.speed import bench_end_to_end, bench_growth
-from benchmarks.speed.bench_end_to_end import ALL, BLOCKS, FIVE, ONE, OVERHEAD, Case
-from benchmarks.speed.measure import QUICK
+from benchmarks.speed.bench_end_to_end import ALL, BLOCKS, COMPILED, FIVE, ONE, OVERHEAD, Case
+from benchmarks.speed.measure import QUICK, WrongResult
 from diffcam_fast.benchmark import peers
 from diffcam_fast.benchmark.explanations import images
 
@@ -32,6 +33,7 @@ def test_every_case_is_measured() -> None:
     assert {(case.work, case.network.name, case.batch) for case in cases} == {
         *((ONE, name, batch) for name in networks for batch in (1, 8)),
         *((work, "resnet50", 8) for work in (FIVE, ALL, BLOCKS)),
+        *((COMPILED, name, batch) for name in ("resnet50", "mobilenet_v2") for batch in (1, 8)),
     }
     assert all(not case.parts for case in cases if case.work in (ONE, FIVE))
     assert len(bench_end_to_end.RESIDUAL_BLOCKS) == 16
@@ -57,6 +59,9 @@ def test_every_case_is_measured() -> None:
         (result_row(ONE, "resnet50", 1, vs_torchcam=1.01), ["less than torchcam"]),
         (result_row(BLOCKS, "resnet50", 8, vs_captum=1.01), ["less than captum"]),
         (result_row(OVERHEAD, "small network", 1, multiple=4.0, vs_torchcam=2.0), []),
+        (result_row(COMPILED, "resnet50", 8, multiple=1.5, inference_vs_eager=0.8, vs_eager=0.99), []),
+        (result_row(COMPILED, "resnet50", 8, inference_vs_eager=0.8, vs_eager=1.01), ["compiled"]),
+        (result_row(COMPILED, "resnet50", 8, inference_vs_eager=1.1, vs_eager=1.2), []),
     ],
 )
 def test_each_limit_is_for_its_rows(row: dict[str, Any], missed: list[str]) -> None:
@@ -78,6 +83,40 @@ def test_others_get_the_part_that_the_case_names() -> None:
     assert maps.shape == (2, 3, 15, 15)
     product = bench_end_to_end.floor_of(case, work).candidate.run(0)
     torch.testing.assert_close(product, head.weight @ model[:2](images(2, (32, 32))).flatten(2))
+
+
+def test_compiled_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    # No C++ compiler: seconds instead of minutes.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    case = Case(COMPILED, bench_end_to_end.Network("example", "1"), 2)
+    found = bench_end_to_end.measure_compiled(case, nn.Sequential(*layers).eval(), QUICK, 32)
+    assert found["multiple"] == pytest.approx(found["ours_ms"] / found["inference_ms"])
+    assert found["vs_eager"] == pytest.approx(found["ours_ms"] / found["eager_ms"])
+    assert found["inference_vs_eager"] == pytest.approx(found["inference_ms"] / found["eager_ms"])
+    assert 0 <= found["error"] < 1e-4
+    found_report = bench_end_to_end.report([result_row(ONE, "resnet50", 8), found], {})
+    assert "Compiled, one class, last layer" in [table.title for table in found_report.tables]
+
+
+def test_compiled_explanations_that_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)]
+    # Compiles the model into something else.
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda function, **options: (
+            (lambda images: 2 * function(images)) if isinstance(function, nn.Module) else compiled(function, **options)
+        ),
+    )
+    case = Case(COMPILED, bench_end_to_end.Network("example", "1"), 2)
+    with pytest.raises(
+        WrongResult, match="compiled, one class, last layer, example, batch 2: inference: error 1 where"
+    ):
+        bench_end_to_end.measure_compiled(case, nn.Sequential(*layers).eval(), QUICK, 32)
 
 
 def test_a_part_is_said_to_be_one() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import diffcam_fast as dcf
-from diffcam_fast.explain import Explainer, Explanation, explanation
+from diffcam_fast.explain import Explainer, Explanation, explanation, finishing
 from tests.explain.networks import Branches, Signal, make
-from tests.tolerances import PIXEL
+from tests.tolerances import MAP_SHARE_OF_RANGE, PIXEL
 
 
 def _explanation(*layers: Tensor, size: tuple[int, ...] | None = None, normalize: str | None = "minmax") -> Explanation:
@@ -49,6 +49,56 @@ def test_resized_maps_span_their_range_again() -> None:
     assert found.resized((4, 5)) is maps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((7, 7), (224, 224)), ((1, 9), (30, 4)), ((5, 2), (5, 9)), ((32, 32), (40, 8)), ((33, 4), (50, 50))],
+    ids=str,
+)
+def test_resizing_agrees_with_pytorch(
+    old: tuple[int, int], new: tuple[int, int], count: int, dtype: torch.dtype
+) -> None:
+    maps = _normalized(torch.rand(count, 1, *old, dtype=dtype))
+    expected = _normalized(functional.interpolate(maps.double(), new, mode="bilinear", align_corners=False))
+    found = _explanation(maps, size=new).maps
+    assert found.dtype == dtype
+    assert (found - expected).abs().amax() <= MAP_SHARE_OF_RANGE[dtype]
+
+
+def test_resizing_keeps_all_digits_whatever_products_are_rounded_to() -> None:
+    maps = _normalized(torch.rand(8, 1, 32, 32))
+    found = _explanation(maps, size=(256, 256))
+    expected = found.maps
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (found.resized((256, 256)) - expected).abs().amax() <= MAP_SHARE_OF_RANGE[torch.float32]
+    with torch.device("meta"):
+        assert found.resized((250, 240)).device == maps.device
+    # Whether a product of these shapes would be rounded is for the processor to say.
+    products = mock.patch.object(finishing, "_enlarged", wraps=finishing._enlarged)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for precision, count in (("bf16", 0), ("tf32", 0), ("ieee", 1)):
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        try:
+            with products as enlarged:
+                assert (found.resized((256, 256)) - expected).abs().amax() <= MAP_SHARE_OF_RANGE[torch.float32]
+        finally:
+            torch.backends.mkldnn.matmul.fp32_precision = before
+        assert enlarged.call_count == count
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", ["minmax", "max", None])
+def test_resizing_maps_that_are_not_finite(value: float, normalize: str | None) -> None:
+    maps = torch.rand(2, 1, 4, 4)
+    maps[0, 0, 3, 3] = value
+    found = _explanation(maps, size=(12, 12), normalize=normalize).maps
+    assert not found[0].isfinite().all()
+    assert found[1].isfinite().all()
+    if normalize is None:
+        assert found[0, 0, 0, 0] == maps[0, 0, 0, 0]
+
+
 def test_raw_maps_are_only_resized() -> None:
     maps = torch.randn(2, 3, 4, 5)
     expected = functional.interpolate(maps, (9, 8), mode="bilinear", align_corners=False)
@@ -73,7 +123,7 @@ def test_constant_maps_become_zeros() -> None:
 
 def test_maps_are_computed_once_and_only_when_asked() -> None:
     network = make(Branches)
-    with mock.patch.object(explanation.functional, "interpolate", wraps=functional.interpolate) as resize:
+    with mock.patch.object(explanation, "resized", wraps=finishing.resized) as resize:
         found = Explainer(network, "left")(network.images())
         assert resize.call_count == 0
         assert found.maps is found.maps

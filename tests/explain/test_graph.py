@@ -61,16 +61,21 @@ def _double_outputs(outputs: Any) -> Any:
     return tuple(_double(gradient) for gradient in outputs)
 
 
-LINEAR: dict[str, Forward] = {
+# Every tensor between the layer and the logits can be looked at for hooks.
+BARE: dict[str, Forward] = {
     "mean": lambda m, y: m.last(y.mean((2, 3))),
     "negative dimensions, kept": lambda m, y: m.last(y.mean((-1, -2), keepdim=True).flatten(1)),
     "adaptive pooling": lambda m, y: m.last(functional.adaptive_avg_pool2d(y, 1).flatten(1)),
-    "squeezed": lambda m, y: m.last(y.mean((2, 3), keepdim=True).squeeze(3).squeeze(2)),
-    "reshaped": lambda m, y: m.last(y.mean((2, 3), keepdim=True).reshape(len(y), 2, 3).contiguous().view(-1, 6)),
     "without bias": lambda m, y: m.bare(y.mean((2, 3))),
     "dropout": lambda m, y: m.last(m.drop(y.mean((2, 3)))),
     "written out": lambda m, y: torch.addmm(m.last.bias, y.mean((2, 3)), m.last.weight.t()),
     "weight computed": lambda m, y: functional.linear(y.mean((2, 3)), m.last.weight * 2, m.last.bias),
+}
+LINEAR: dict[str, Forward] = {
+    "squeezed": lambda m, y: m.last(y.mean((2, 3), keepdim=True).squeeze(3).squeeze(2)),
+    "copied": lambda m, y: m.last(y.mean((2, 3)).clone()),
+    "copied and of another shape": lambda m, y: m.last(y.mean((2, 3), keepdim=True).clone().flatten(1)),
+    "reshaped": lambda m, y: m.last(y.mean((2, 3), keepdim=True).reshape(len(y), 2, 3).contiguous().view(-1, 6)),
     "frozen weight": lambda m, y: functional.linear(y.mean((2, 3)), m.last.weight.detach(), m.last.bias.detach()),
 }
 POOLED: dict[str, Forward] = {
@@ -119,7 +124,7 @@ OTHERS: dict[str, Forward] = {
         _hooked(y.mean((2, 3)), lambda p: p.grad_fn.register_prehook(_double_outputs))
     ),
 }
-ALL = {**LINEAR, **POOLED, **OTHERS}
+ALL = {**BARE, **LINEAR, **POOLED, **OTHERS}
 FEW: list[Any] = [None, [[0, 1, 2]] * 2]
 MANY = [list(range(5)) * 4] * 2
 
@@ -154,8 +159,11 @@ def test_heads_that_look_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> No
             for _ in range(2):  # the first call is the careful one
                 found, kind = _kind(explainer, images, classes, monkeypatch)
                 torch.testing.assert_close(found.maps, expected.maps, **ROUNDING)
+                torch.testing.assert_close(found.layer_maps["layer"], expected.layer_maps["layer"], **ROUNDING)
                 torch.testing.assert_close(found.delta, expected.delta)
-                if name in LINEAR:
+                if name in BARE:
+                    assert kind == "head"
+                elif name in LINEAR:
                     assert kind == ("pooled" if classes is None else "head")
                 else:
                     assert kind == ("pooled" if name in POOLED else "all positions")
@@ -164,13 +172,66 @@ def test_heads_that_look_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_linear_heads_in_half_precision(dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = Head(LINEAR["adaptive pooling"]).to(dtype).eval()
+    network = Head(BARE["adaptive pooling"]).to(dtype).eval()
     images = network.images(dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = Explainer(network, "layer", reshape=lambda y: y)(images, MANY)
         found, kind = _kind(Explainer(network, "layer"), images, MANY, monkeypatch)
     assert kind == "head"
     assert (found.maps - expected.maps).abs().mean() < (0.03 if autocast or dtype == torch.bfloat16 else 1e-6)
+
+
+HOOKED: dict[str, Forward] = {
+    "hook on the pooled vector": lambda m, y: m.last(_hooked(y.mean((2, 3)), lambda p: p.register_hook(_double))),
+    "hook before its shape changes": lambda m, y: m.last(
+        _hooked(y.mean((2, 3), keepdim=True), lambda p: p.register_hook(_double)).flatten(1)
+    ),
+    "hook after its shape changes": lambda m, y: m.last(
+        _hooked(y.mean((2, 3), keepdim=True).flatten(1), lambda p: p.register_hook(_double))
+    ),
+    "hook that another one replaced": lambda m, y: m.last(
+        _hooked(y.mean((2, 3)), lambda p: (p.register_hook(_double), p.register_hook(lambda g: g)))
+    ),
+    "hook on what dropout hands on": lambda m, y: m.last(
+        _hooked(m.drop(y.mean((2, 3))), lambda p: p.register_hook(_double))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_are_added_later_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Head(BARE["mean"]).double()
+    images = network.images()
+    explainer = Explainer(network, "layer")
+    for _ in range(3):
+        assert _kind(explainer, images, None, monkeypatch)[1] == "head"
+    network.tail = HOOKED[name]
+    expected = Explainer(network, "layer", reshape=lambda y: y, chunk_size=1)(images)
+    for _ in range(2):
+        found, kind = _kind(explainer, images, None, monkeypatch)
+        torch.testing.assert_close(found.maps, expected.maps, **ROUNDING)
+        assert kind == "pooled"
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_saved_tensors_that_are_unpacked_anew(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The tensor that a linear layer saved is then not the one that the hook is on.
+    def tail(m: Head, y: Tensor) -> Tensor:
+        pooled = y.mean((2, 3))
+        if hooked:
+            pooled.register_hook(_double)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.clone()):
+            return m.last(pooled)
+
+    network = Head(BARE["mean"]).double()
+    images = network.images()
+    explainer = Explainer(network, "layer")
+    explainer(images)
+    network.tail = tail
+    expected = Explainer(network, "layer", reshape=lambda y: y, chunk_size=1)(images)
+    found, kind = _kind(explainer, images, None, monkeypatch)
+    torch.testing.assert_close(found.maps, expected.maps, **ROUNDING)
+    assert kind == "pooled"
 
 
 def test_a_long_way_to_the_logits_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +258,7 @@ def test_modules_with_backward_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_asking_nodes_for_hooks_leaves_none() -> None:
-    network = Head(LINEAR["mean"]).double()
+    network = Head(BARE["mean"]).double()
     nodes: list[Any] = []
     network.last.register_forward_hook(lambda module, inputs, output: nodes.append(output.grad_fn))
     Explainer(network, "layer")(network.images())
@@ -226,7 +287,7 @@ def test_an_estimate_of_memory_counts_the_largest_gradient() -> None:
     ids=str,
 )
 def test_a_small_budget_changes_nothing(target: LogitDifference, method: str) -> None:
-    network = Head(LINEAR["mean"]).double()
+    network = Head(BARE["mean"]).double()
     images = network.images(3)
     expected = Explainer(network, "layer", method, target, reshape=lambda y: y)(images, MANY[:1] * 3)
     for budget in (1500, 10**9):

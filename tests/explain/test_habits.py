@@ -128,6 +128,48 @@ def test_outputs_that_stay_as_they_are_are_not_copied() -> None:
     assert addresses[1:] == received[1:]
 
 
+def _in_place(tail: Callable[[Model, Tensor, Tensor], Tensor]) -> Model:
+    """A model whose layer puts out the memory of its input, which the tail has, too."""
+    model = _make(lambda m, x: tail(m, y := m.stem(x), m.rectifier(y)))
+    model.rectifier = nn.ReLU(inplace=True)
+    return model
+
+
+def test_outputs_of_layers_that_work_in_place_are_not_copied() -> None:
+    received: list[int] = []
+    model, images = _in_place(lambda m, x, y: received.append(y.data_ptr()) or m.head(y.sin().mean((2, 3)))), _images()
+    explainer = Explainer(model, "rectifier")
+    addresses: list[int] = []
+    model.rectifier.register_forward_hook(lambda module, inputs, output: addresses.append(output.data_ptr()))
+    maps = [explainer(images).maps for _ in range(3)]
+    assert addresses[0] != received[0]
+    assert addresses[1:] == received[1:]
+    torch.testing.assert_close(maps[1:], maps[:1] * 2)
+
+
+@pytest.mark.parametrize("images", [_images(), None], ids=["trunk", "no trunk"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_outputs_that_are_changed_as_the_layers_input(images: Tensor | None, learned: bool) -> None:
+    def changing(m: Model, x: Tensor, y: Tensor) -> Tensor:
+        z = y.sin().mean((2, 3))
+        with torch.no_grad():
+            x.mul_(2)
+        return m.head(z)
+
+    model = _in_place(lambda m, x, y: m.head(y.sin().mean((2, 3))))
+    if images is None:
+        images, model.stem = torch.randn(2, 4, 8, 8), nn.Identity()
+    explainer = Explainer(model, "rectifier")
+    expected = explainer(images.clone())
+    if not learned:
+        explainer = Explainer(model, "rectifier")
+    tail = model._forward
+    model._forward = lambda m, x: changing(m, y := m.stem(x), m.rectifier(y))
+    for _ in range(3):
+        torch.testing.assert_close(explainer(images.clone()).maps, expected.maps)
+    model._forward = tail
+
+
 def test_outputs_that_are_changed_later_on_after_all() -> None:
     model, images = _make(lambda m, x: m.head(m.layer(m.stem(x)).sin().mean((2, 3)))), _images()
     explainer = Explainer(model, ["layer", "stem"])

@@ -46,9 +46,9 @@ def test_agree_with_the_ones_written_down(target: Target, kind: str, dtype: torc
     torch.testing.assert_close(found.delta.double(), expected.delta, rtol=tolerance, atol=tolerance)
     product = found.cotangent.times(torch.eye(CLASSES, dtype=dtype))
     torch.testing.assert_close(product.double(), expected.cotangent, rtol=tolerance, atol=tolerance)
-    part = found.cotangent[1:3, 2:7].times(torch.eye(CLASSES, dtype=dtype))
+    part = found.cotangent.targets(slice(2, 7)).times(torch.eye(CLASSES, dtype=dtype))
     if target.targets_per_class == 1:
-        torch.testing.assert_close(part, product[1:3, 2:7])
+        torch.testing.assert_close(part, product[:, 2:7])
     assert (found.rivals is None) == (expected.rivals is None)
     if expected.rivals is not None:
         assert torch.equal(found.rivals, expected.rivals)

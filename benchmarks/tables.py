@@ -1,4 +1,4 @@
-"""Tables in the README made from the committed results: `python -m benchmarks.tables [--check]`.
+"""Tables in the documentation made from the committed results: `python -m benchmarks.tables [--check]`.
 
 A table stands between two comments, the first of which names it:
 
@@ -23,6 +23,7 @@ from benchmarks.report import Column, Row, Table, table_lines
 from diffcam_fast.benchmark import peers
 
 README = environment.ROOT / "README.md"
+PAGES = (README, environment.ROOT / "docs" / "migration.md")
 
 _PLACE = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -72,6 +73,21 @@ def _marked(row: Row, present: Sequence[str], bars: Sequence[Content]) -> Row:
     return found
 
 
+def compat(content: Content) -> list[str]:
+    """How many times faster each class of a drop-in is than the original's, by network and batch; misses in bold."""
+    missed = {label for bar in content["bars"] for label in bar["missed"]}
+    rows: dict[tuple[str, str], Row] = {}
+    places = {}
+    for row in content["rows"]:
+        place = f"{row['network']}, {row['batch']}"
+        places[place] = None
+        cells = rows.setdefault((row["library"], row["class"]), {"class": f"{row['library']} `{row['class']}`"})
+        label = f"{row['library']} {row['class']}, {row['network']}, batch {row['batch']}"
+        cells[place] = f"**{row['faster']:.2f}, missed**" if label in missed else f"{row['faster']:.2f}"
+    columns = [Column(place, place, "s") for place in places]
+    return table_lines(Table("", list(rows.values()), [Column("class", "class"), *columns]))
+
+
 def bars(content: Content) -> list[str]:
     """Each limit of a result, and how many rows miss it."""
     lines = []
@@ -82,7 +98,7 @@ def bars(content: Content) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[Content], list[str]]] = {"cam": cam, "end_to_end": end_to_end}
+TABLES: dict[str, Callable[[Content], list[str]]] = {"cam": cam, "end_to_end": end_to_end, "compat": compat}
 """By the benchmark whose results they show. Its limits: the name with "bars" behind it, for any benchmark."""
 
 
@@ -110,20 +126,23 @@ def render(text: str, folder: Path = environment.RESULTS) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Rewrite the README; with --check only say whether that would change it, as 1."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Tables in the README.")
+    """Rewrite the pages; with --check only say whether that would change them, as 1."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Tables in the documentation.")
     parser.add_argument("--check", action="store_true", help="change nothing; 1 where the tables are not up to date")
     options = parser.parse_args(arguments)
-    text = README.read_text()
-    found = render(text)
-    if found == text:
-        return 0
-    if options.check:
-        print(f"{README.name}: tables differ from the results: python -m benchmarks.tables", file=sys.stderr)
-        return 1
-    README.write_text(found)
-    print(f"written: {README}")
-    return 0
+    status = 0
+    for page in PAGES:
+        text = page.read_text()
+        found = render(text)
+        if found == text:
+            continue
+        if options.check:
+            print(f"{page.name}: tables differ from the results: python -m benchmarks.tables", file=sys.stderr)
+            status = 1
+        else:
+            page.write_text(found)
+            print(f"written: {page}")
+    return status
 
 
 if __name__ == "__main__":

@@ -33,8 +33,35 @@ class Cotangent:
     values: Tensor
 
 
-Score = Callable[[Any], "Cotangent | list[Tensor]"]
-"""From the model's output to what is pulled back: a `Cotangent`, or T scalars that autograd has recorded."""
+@dataclass(frozen=True)
+class Chosen:
+    """Scores of logits ``(N, K)`` that are logits themselves, or sums of a few of them.
+
+    Attributes:
+        classes: ``(N, T)``, or ``(N, T, J)`` for sums of J logits; int64, on the device of the logits.
+        factors: ``(N, T, J)`` of each logit in its sum; None where there are no sums.
+    """
+
+    classes: Tensor
+    factors: Tensor | None = None
+
+    def written_down(self, logits: Tensor) -> Tensor:
+        """The cotangents ``(N, T, K)``, in the dtype of the logits."""
+        classes = self.classes.unsqueeze(2) if self.factors is None else self.classes
+        cotangent = logits.new_zeros((*classes.shape[:2], logits.shape[1]))
+        ones = torch.ones_like(classes, dtype=logits.dtype)
+        return cotangent.scatter_add_(2, classes, ones if self.factors is None else self.factors.to(logits.dtype))
+
+    def times(self, weight: Tensor) -> Tensor:
+        """The cotangents times a weight ``(K, C)``: ``(T, N, C)``."""
+        if self.factors is None:
+            return torch.embedding(weight, self.classes.T)
+        rows = torch.embedding(weight, self.classes)
+        return (rows * self.factors.to(weight.dtype).unsqueeze(3)).sum(2).transpose(0, 1)
+
+
+Score = Callable[[Any], "Chosen | Cotangent | list[Tensor]"]
+"""From the model's output to what is pulled back; a list holds T scalars that autograd has recorded."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +136,10 @@ class Engine:
         with autocast_off(images.device.type):
             with torch.enable_grad():
                 wanted = score(outputs)
-            if isinstance(wanted, Cotangent):
-                found = self._from_logits(outputs, wanted.values, captured)
-            else:
+            if isinstance(wanted, list):
                 found = self._from_scalars(wanted, captured)
+            else:
+                found, habits = self._from_logits(outputs, wanted, captured, habits)
             gradients = {name: self._reshaped_gradient(gradient) for name, gradient in found.items()}
             activations = {name: self._activations(layer) for name, layer in captured.items()}
         record = Record(
@@ -133,22 +160,54 @@ class Engine:
             return reshaped
         return self._reshape(own)
 
-    def _from_logits(self, logits: Tensor, cotangents: Tensor, captured: Mapping[str, Captured]) -> dict[str, Tensor]:
+    def _from_logits(
+        self, logits: Tensor, wanted: Chosen | Cotangent, captured: Mapping[str, Captured], habits: Habits
+    ) -> tuple[dict[str, Tensor], Habits]:
         check_differentiable(logits, list(captured))
-        with torch.enable_grad():
-            wide = logits.to(accumulation_dtype(logits.dtype))
+        wide = logits
+        if logits.dtype != accumulation_dtype(logits.dtype):
+            with torch.enable_grad():
+                wide = logits.to(accumulation_dtype(logits.dtype))
+        tail = Tail(wide, captured)
+        found, habits = self._from_head(tail, wanted, habits)
+        if found is not None:
+            return found, habits
+        cotangents = wanted.written_down(wide) if isinstance(wanted, Chosen) else wanted.values.to(wide.dtype)
         # Target by target: not every operator's backward can be batched, and there are few.
         parts = list(
             pull_back(
-                Tail(wide, captured),
-                cotangents.to(wide.dtype),
+                tail,
+                cotangents,
                 chunk_size=1,
                 memory_budget=DEFAULT_MEMORY_BUDGET,
                 pooled=self._reshape is None,
                 last=True,
             )
         )
-        return {name: parts[0][name] if len(parts) == 1 else torch.cat([p[name] for p in parts]) for name in captured}
+        if len(parts) == 1:
+            return parts[0], habits
+        return {name: torch.cat([part[name] for part in parts]) for name in captured}, habits
+
+    def _from_head(
+        self, tail: Tail, wanted: Chosen | Cotangent, habits: Habits
+    ) -> tuple[dict[str, Tensor] | None, Habits]:
+        """By the head's weight, where the logits are one linear layer of means over positions; None elsewhere."""
+        if self._reshape is not None or self._as_changed or habits.linear_head is False or len(tail.captured) != 1:
+            return None, habits
+        ((name, layer),) = tail.captured.items()
+        weight = tail.head_weight(name, without_hooks=True)
+        if weight is None or len(tail.logits) == 0:
+            return None, habits
+        if habits.linear_head is None:
+            habits = habits.with_head(tail.is_head(name, weight))
+            if not habits.linear_head:
+                return None, habits
+        weight = weight.to(tail.logits.dtype)
+        if isinstance(wanted, Chosen):
+            pooled = wanted.times(weight)
+        else:
+            pooled = torch.matmul(wanted.values.to(weight.dtype).transpose(0, 1), weight)
+        return {name: pooled.div_(tail.pools[name].positions).to(layer.output.dtype)}, habits
 
     def _from_scalars(self, scores: Sequence[Tensor], captured: Mapping[str, Captured]) -> dict[str, Tensor]:
         edges = [layer.edge for layer in captured.values()]

@@ -6,6 +6,8 @@ activations before they are pooled, and the choices of others.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -76,9 +78,34 @@ def weighted_activations(activations: Tensor, gradients: Tensor, method: str) ->
     raise ValueError(f"method: expected a method of diffcam_fast.cam; got {method!r}")
 
 
-def weighted_difference_cotangent(
+class WeightedDifference(NamedTuple):
+    """Gradient of FinerCAM's target with respect to the logits: ``one_hot(classes) @ factors + rest * softmax``."""
+
+    classes: Tensor
+    """(N, T, 1 + R), int64: the class, and those compared with."""
+
+    factors: Tensor
+    """(N, T, 1 + R)."""
+
+    rest: Tensor
+    """(N, T, 1)."""
+
+    softmax: Tensor
+    """(N, 1, K)."""
+
+    @property
+    def rest_is_rounding(self) -> bool:
+        """Whether the rest is less than what rounding takes from factors of order 1. Waits for the device."""
+        return self.rest.abs().amax().item() <= 0.5 * torch.finfo(self.rest.dtype).eps
+
+    def written_down(self) -> Tensor:
+        """(N, T, K)."""
+        return (self.rest * self.softmax).scatter_add_(2, self.classes, self.factors)
+
+
+def weighted_difference(
     logits: Tensor, classes: Tensor, others: Tensor, alpha: Tensor, eps: float = 1e-9
-) -> Tensor:
+) -> WeightedDifference:
     """Gradient of FinerCAM's target for given classes of comparison, in closed form (Zhang et al. 2025).
 
     The target is ``sum_i p_i (z_c - alpha z_i) / (sum_i p_i + eps)`` with the softmax ``p``, not detached.
@@ -89,19 +116,17 @@ def weighted_difference_cotangent(
         others: ``(N, T, R)``, int64.
         alpha: ``(N, T)``.
         eps: see above.
-
-    Returns:
-        ``(N, T, K)``.
     """
-    shape = (*classes.shape, logits.shape[1])
-    z = (logits - logits.amax(1, keepdim=True)).unsqueeze(1).expand(shape)
-    shift = logits.amax(1)[:, None, None] * (1 - alpha.unsqueeze(2))
-    p = logits.softmax(1).unsqueeze(1).expand(shape)
-    weights = p.gather(2, others)
-    differences = z.gather(2, classes.unsqueeze(2)) - alpha.unsqueeze(2) * z.gather(2, others) + shift
+    everything = (*classes.shape, logits.shape[1])
+    picked = torch.cat([classes.unsqueeze(2), others], 2)
+    z = logits.unsqueeze(1).expand(everything).gather(2, picked)
+    p = logits.softmax(1).unsqueeze(1)
+    weights = p.expand(everything).gather(2, others)
+    alpha = alpha.unsqueeze(2)
+    # Differences first: logits may be large.
+    differences = z[:, :, :1] - z[:, :, 1:] + (1 - alpha) * z[:, :, 1:]
     total = weights.sum(2, keepdim=True)
-    score = (weights * differences).sum(2, keepdim=True) / (total + eps)
-    result = -p * score * eps
-    result = result.scatter_add(2, classes.unsqueeze(2), total)
-    result = result.scatter_add(2, others, weights * (differences - alpha.unsqueeze(2) - score))
-    return result / (total + eps)
+    divisor = total + eps
+    score = (weights * differences).sum(2, keepdim=True) / divisor
+    factors = torch.cat([total, weights * (differences - alpha - score)], 2) / divisor
+    return WeightedDifference(picked, factors, score * (-eps) / divisor, p)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-REQUIREMENTS = {"pytorch_grad_cam": "grad-cam"}
+REQUIREMENTS = {"captum": "captum", "pytorch_grad_cam": "grad-cam", "torchcam": "torchcam"}
 """Packages that have a counterpart here, and what to install for the original."""
 
 # Importing under one name or the other must not be done by two threads at a time.

@@ -1,4 +1,4 @@
-"""The tables in the README are those of the committed results."""
+"""The tables in the README and on the migration page are those of the committed results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tests.benchmarks.test_end_to_end import result_row
 PLACES = "# Title\n<!-- results: end_to_end -->\nold\n<!-- end -->\nprose\n<!-- results: cam bars -->\n<!-- end -->\n"
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    text = tables.README.read_text()
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_committed_results(page: Path) -> None:
+    text = page.read_text()
     assert text.count("<!-- results: ") >= 1
     assert tables.render(text) == text
 
@@ -52,7 +53,7 @@ def test_check_tells_and_changes_nothing(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("<!-- results: cam -->\nstale\n<!-- end -->\n")
-    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr(tables, "PAGES", (readme,))
     assert tables.main(["--check"]) == 1
     assert "tables differ" in capsys.readouterr().err
     assert "stale" in readme.read_text()

@@ -62,7 +62,7 @@ def test_install_and_uninstall() -> None:
     assert peer_modules() == modules
     with pytest.raises(ValueError, match=r"install\(\) was called for; got 'pytorch_grad_cam'"):
         compat.uninstall("pytorch_grad_cam")
-    with pytest.raises(ValueError, match="package: expected one of pytorch_grad_cam; got 'gradcam'"):
+    with pytest.raises(ValueError, match="package: expected one of captum, pytorch_grad_cam, torchcam; got 'gradcam'"):
         compat.install("gradcam")
 
 

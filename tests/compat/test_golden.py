@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from diffcam_fast.compat import pytorch_grad_cam as ours
 from diffcam_fast.compat.originals import original
-from diffcam_fast.models import load_efficientnet_lite0
 from tests.compat.networks import CLASSES, Flat, Pooled, Tokens, Volume, images, make
 from tests.tolerances import COMPAT_SHARE_OF_RANGE
 
@@ -232,13 +231,14 @@ def test_metrics_of_the_original(metric: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ({}, {"alpha": 0.4}, {"comparison_categories": [2, 5]}, {"target_idx": 3}, {"eigen_smooth": True}),
+    ({}, {"alpha": 0.4}, {"comparison_categories": [2, -1]}, {"target_idx": 3}, {"eigen_smooth": True}),
     ids=str,
 )
-def test_finer(options: dict[str, Any]) -> None:
-    model = make(Flat)
+@pytest.mark.parametrize("kind", (Flat, Pooled))
+def test_finer(kind: type[nn.Module], options: dict[str, Any]) -> None:
+    model = make(kind)
     call = lambda cam, x, targets: cam(x, **options)  # noqa: E731
-    compare("FinerCAM", model, [model.late], images(Flat), call)
+    compare("FinerCAM", model, [model.late], images(kind), call)
 
 
 def test_finer_with_targets_and_another_method() -> None:
@@ -324,17 +324,3 @@ def test_subclasses(change: Any, method: str, eigen_smooth: bool) -> None:
         change(getattr(ours, method))(model, layers), images(Pooled), our_targets, eigen_smooth=eigen_smooth
     )
     assert_same(found, expected)
-
-
-@pytest.fixture(scope="module")
-def real() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return load_efficientnet_lite0(), torch.randn(2, 3, 64, 64)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_real_weights(method: str, real: tuple[nn.Module, Tensor]) -> None:
-    model, x = real
-    layers = [model.get_submodule("head_activation")]
-    call = lambda cam, x, targets: cam(x, [targets.ClassifierOutputTarget(c) for c in (281, 3)])  # noqa: E731
-    compare(method, model, layers, x, call)

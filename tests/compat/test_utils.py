@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from diffcam_fast.compat.eigen import first_component
-from diffcam_fast.compat.formulas import channel_weights, weighted_activations, weighted_difference_cotangent
+from diffcam_fast.compat.engine import Chosen
+from diffcam_fast.compat.formulas import channel_weights, weighted_activations, weighted_difference
 from diffcam_fast.compat.originals import original
-from diffcam_fast.compat.pytorch_grad_cam.scoring import Targets
+from diffcam_fast.compat.pytorch_grad_cam.scoring import NearestRivals, Targets
 from diffcam_fast.compat.pytorch_grad_cam.utils import image, model_targets, reshape_transforms, svd_on_activations
 from diffcam_fast.compat.resizing import resize
 from diffcam_fast.reference.cam import raw_cam
@@ -155,7 +156,26 @@ def test_cotangents_are_the_gradients_of_targets(name: str) -> None:
         target = getattr(module, name)(*TARGETS[name])
         (expected,) = torch.autograd.grad(sum(target(output) for output in logits), logits)
         found = Targets([target] * 3, 3).score(logits)
-        assert (found.values[:, 0] - expected).abs().max() < LOGIT_DIFFERENCE[torch.float64]
+        cotangent = found.written_down(logits) if isinstance(found, Chosen) else found.values
+        assert (cotangent[:, 0] - expected).abs().max() < LOGIT_DIFFERENCE[torch.float64]
+
+
+@pytest.mark.parametrize(("scale", "dtype"), ((1, torch.float32), (60, torch.float32), (1, torch.float64)))
+def test_finer_targets_are_sums_of_few_logits_up_to_rounding(scale: float, dtype: torch.dtype) -> None:
+    """Where the rivals' softmax vanishes beside the 1e-9, and in float64, all logits count."""
+    logits = (scale * torch.randn(3, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found = NearestRivals(0.8, None, None).score(logits)
+    assert isinstance(found, Chosen) == (scale == 1 and dtype == torch.float32)
+    cotangent = (found.written_down(logits) if isinstance(found, Chosen) else found.values)[:, 0]
+    exact = logits.double().requires_grad_()
+    order = (exact - exact.amax(1, keepdim=True)).abs().argsort(1).tolist()
+    targets = [their_targets.FinerWeightedTarget(row[0], row[1:4], 0.8) for row in order]
+    (expected,) = torch.autograd.grad(sum(target(z) for target, z in zip(targets, exact, strict=True)), exact)
+    scale_of = expected.abs().amax(1, keepdim=True)
+    assert ((cotangent - expected).abs() / scale_of).max() < 100 * torch.finfo(dtype).eps
+    weight = torch.randn(40, 6, dtype=dtype)
+    if isinstance(found, Chosen):
+        assert torch.allclose(found.times(weight)[0], cotangent @ weight, atol=1e-6)
 
 
 def test_subclasses_of_targets_are_called() -> None:
@@ -170,7 +190,9 @@ def test_weighted_difference_far_from_zero() -> None:
     """What the cotangent says does not depend on where the logits lie, at alpha = 1."""
     logits = torch.randn(2, 6, dtype=torch.float64)
     classes, others, alpha = torch.tensor([[1], [4]]), torch.tensor([[[0, 2]], [[3, 5]]]), torch.ones(2, 1)
-    near, far = (weighted_difference_cotangent(z, classes, others, alpha.double()) for z in (logits, logits + 5000))
+    near, far = (
+        weighted_difference(z, classes, others, alpha.double()).written_down() for z in (logits, logits + 5000)
+    )
     assert (near - far).abs().max() < 1e-9 and near.sum(2).abs().max() < 1e-9
 
 

@@ -20,10 +20,7 @@ from diffcam_fast.compat.pytorch_grad_cam.smoothing import FlipsTimesFactors
 from diffcam_fast.compat.pytorch_grad_cam.utils.image import scale_cam_image
 from diffcam_fast.compat.resizing import resize
 from diffcam_fast.explain.evaluation import evaluating
-from diffcam_fast.ops.cam import cam
-from diffcam_fast.reference.cam import finish
-
-_EPS = 1e-7
+from diffcam_fast.explain.finishing import finished, resized, unchecked_cam
 
 # What subclasses may replace; where one does, NumPy arrays are handed through all of them.
 _STEPS = (
@@ -246,16 +243,16 @@ class BaseCAM:
                     f"{tuple(images.shape)}; got {tuple(activations.shape)}; pass reshape_transform"
                 )
             if self._projected or eigen_smooth:
-                maps = finish(_components(activations, gradients, self._method), True, "minmax", _EPS)
+                maps = finished(_components(activations, gradients, self._method), True, "minmax")
             else:
                 assert gradients is not None and self._method is not None
-                if gradients.dim() == activations.dim() == 3:
-                    # (N, T, C) could be taken for one gradient (N, C, S) where T = C = S.
-                    gradients = full_gradient(gradients, activations)
-                maps = cam(activations, gradients, self._method, eps=_EPS)
-            layers.append(resize(maps.float(), size, zero_beyond=self.strict))
-        maps = layers[0].relu() if len(layers) == 1 else torch.stack(layers).relu().mean(0)
-        return finish(maps, False, "minmax", _EPS)
+                maps = unchecked_cam(activations, gradients, self._method, True, "minmax")
+            layers.append(maps.float())
+        if len(layers) == 1 and len(size) < 3:
+            return resized(layers[0], tuple(size), "minmax")
+        # Cubic splines go below zero; linear interpolation finds nothing that is not between its neighbours.
+        maps = torch.stack([resize(maps, size, zero_beyond=self.strict).relu() for maps in layers]).mean(0)
+        return finished(maps, False, "minmax")
 
     def _explain_in_numpy(self, images: Tensor, record: Record, wanted: Wanted, eigen_smooth: bool) -> Tensor:
         """(N, T, *size), by way of the methods that subclasses replace."""

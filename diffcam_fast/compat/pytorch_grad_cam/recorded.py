@@ -32,6 +32,7 @@ class Recorded:
         self._layers = target_layers
         self._activations: list[Tensor] = []
         self._gradients: list[Tensor] = []
+        self._taken: tuple[Record, int | None] | None = None
 
     @property
     def activations(self) -> list[Tensor]:
@@ -43,6 +44,9 @@ class Recorded:
     @property
     def gradients(self) -> list[Tensor]:
         """The same shapes; ``(N, T, C, *positions)`` for several targets an image."""
+        if self._taken is not None:
+            self._gradients = _gradients_of(*self._taken)
+            self._taken = None
         if self.detach:
             self._gradients = [gradients.cpu() for gradients in self._gradients]
         return self._gradients
@@ -50,25 +54,22 @@ class Recorded:
     def take(self, record: Record, target: int | None = None) -> None:
         """Show a record; of several targets one, or None for all."""
         self._activations = record.activations
-        self._gradients = []
-        for activations, gradients in zip(record.activations, record.gradients or [], strict=False):
-            full = full_gradient(gradients, activations)
-            self._gradients.append(full[:, target or 0] if target is not None or full.shape[1] == 1 else full)
+        # Most callers look at the maps alone.
+        self._taken = record, target
 
     def __call__(self, x: Any) -> Any:
         """Run the model, recorded by autograd as a whole; gradients come with the caller's own backward pass.
 
         For classes that replace `forward`. The hooks stay until the next call or `release`.
         """
-        self.release_hooks()
-        self._activations, self._gradients = [], []
+        self.release()
         for layer in self._layers:
             self.handles.append(layer.register_forward_hook(self._on_output))
         return self.model(x)
 
     def clear(self) -> None:
         """Let go of the tensors."""
-        self._activations, self._gradients = [], []
+        self._activations, self._gradients, self._taken = [], [], None
 
     def release(self) -> None:
         """Let go of the tensors, and remove the hooks."""
@@ -99,3 +100,11 @@ class Recorded:
             return shown
         with torch.no_grad():
             return (value if self.reshape_transform is None else self.reshape_transform(value)).detach()
+
+
+def _gradients_of(record: Record, target: int | None) -> list[Tensor]:
+    found = []
+    for activations, gradients in zip(record.activations, record.gradients or [], strict=False):
+        full = full_gradient(gradients, activations)
+        found.append(full[:, target or 0] if target is not None or full.shape[1] == 1 else full)
+    return found

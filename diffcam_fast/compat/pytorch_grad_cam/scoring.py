@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffcam_fast.compat.engine import Cotangent
-from diffcam_fast.compat.formulas import weighted_difference_cotangent
+from diffcam_fast.compat.engine import Chosen, Cotangent
+from diffcam_fast.compat.formulas import WeightedDifference, weighted_difference
 from diffcam_fast.compat.pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 from diffcam_fast.explain.classes import classes_for, parse_classes
 from diffcam_fast.explain.targets import LogProbability, Probability
@@ -33,7 +33,7 @@ class Wanted(Protocol):
     def known(self) -> bool:
         """Whether the functions were given by the caller."""
 
-    def score(self, outputs: Any) -> Cotangent | list[Tensor]:
+    def score(self, outputs: Any) -> Chosen | Cotangent | list[Tensor]:
         """What is pulled back for the model's outputs; see `diffcam_fast.compat.engine.Score`."""
 
     def functions(self, outputs: Any) -> list[list[_Function]]:
@@ -83,15 +83,15 @@ class Targets:
             rows = rows * images
         self._rows = rows
 
-    def score(self, outputs: Any) -> Cotangent | list[Tensor]:
+    def score(self, outputs: Any) -> Chosen | Cotangent | list[Tensor]:
         """See `Wanted.score`."""
         if self._rows is None:
             logits = _logits(outputs)
-            return Cotangent(_one_hot(logits, classes_for(self._parsed, logits)))
+            return Chosen(classes_for(self._parsed, logits))
         if isinstance(outputs, Tensor) and outputs.dim() == 2 and outputs.is_floating_point():
-            cotangent = _all_at_once(self._rows, _logits(outputs))
-            if cotangent is not None:
-                return Cotangent(cotangent)
+            known = _all_at_once(self._rows, _logits(outputs))
+            if known is not None:
+                return known
         return [
             sum(row[number](output) for row, output in zip(self._rows, outputs, strict=False))  # type: ignore[misc]
             for number in range(len(self._rows[0]))
@@ -110,7 +110,7 @@ class NearestRivals:
     """A class against those whose logits are nearest to it, as FinerCAM picks them.
 
     Args:
-        alpha: see `weighted_difference_cotangent`.
+        alpha: see `weighted_difference`.
         ranks: of the classes compared with, 0 being the nearest to the target's logit, which is the class itself;
             those beyond the last class are left out. None: 1, 2 and 3.
         target_idx: the class; None: that with the largest logit.
@@ -124,7 +124,7 @@ class NearestRivals:
         self._ranks = ranks
         self._target = target_idx
 
-    def score(self, outputs: Any) -> Cotangent:
+    def score(self, outputs: Any) -> Chosen | Cotangent:
         """See `Wanted.score`.
 
         Raises:
@@ -133,7 +133,7 @@ class NearestRivals:
         logits = _logits(outputs)
         classes, others = self._compared(logits)
         alpha = torch.full_like(logits[:, :1], self._alpha)
-        return Cotangent(weighted_difference_cotangent(logits, classes, others.unsqueeze(1), alpha))
+        return _few_logits(weighted_difference(logits, classes, others.unsqueeze(1), alpha))
 
     def functions(self, outputs: Any) -> list[list[_Function]]:
         """See `Wanted.functions`."""
@@ -146,8 +146,9 @@ class NearestRivals:
         if not ranks:
             raise ValueError(f"comparison_categories: expected ranks below {logits.shape[1]}; got {self._ranks}")
         target = logits.amax(1) if self._target is None else logits[:, self._target]
-        order = (logits - target.unsqueeze(1)).abs().argsort(dim=1, stable=True)
-        return order[:, :1], order[:, ranks]
+        farthest = logits.shape[1] if min(ranks) < 0 else max(ranks) + 1
+        nearest = (logits - target.unsqueeze(1)).abs().topk(farthest, largest=False).indices
+        return nearest[:, :1], nearest[:, ranks]
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -157,35 +158,46 @@ def _logits(outputs: Any) -> Tensor:
     return outputs.detach().to(accumulation_dtype(outputs.dtype))
 
 
-def _all_at_once(rows: list[list[_Function]], logits: Tensor) -> Tensor | None:
-    """Cotangents (N, T, K), where all targets are of one known kind; None otherwise."""
+def _few_logits(difference: WeightedDifference) -> Chosen | Cotangent:
+    # On a GPU, asking takes longer than what it saves.
+    if difference.rest.device.type == "cpu" and difference.rest.numel() > 0 and difference.rest_is_rounding:
+        return Chosen(difference.classes, difference.factors)
+    return Cotangent(difference.written_down())
+
+
+def _all_at_once(rows: list[list[_Function]], logits: Tensor) -> Chosen | Cotangent | None:
+    """Scores of all images, where all targets are of one known kind; None otherwise."""
     kinds = {type(target) for row in rows for target in row}
     if len(kinds) != 1:
         return None
     (kind,) = kinds
-    formula = _FORMULAS.get(kind.__qualname__) if kind.__module__ in _MODULES else None
+    name = kind.__qualname__ if kind.__module__ in _MODULES else ""
     known = logits[: len(rows)]
+    if name == _CHOOSING and len(known) == len(logits):
+        classes = _categories(rows, logits)
+        return None if classes is None else Chosen(classes)
+    formula = _FORMULAS.get(name)
     cotangent = None if formula is None else formula(rows, known)
     if cotangent is None or len(known) == len(logits):
-        return cotangent
-    return torch.cat([cotangent, cotangent.new_zeros((len(logits) - len(known), *cotangent.shape[1:]))])
+        return None if cotangent is None else Cotangent(cotangent)
+    return Cotangent(torch.cat([cotangent, cotangent.new_zeros((len(logits) - len(known), *cotangent.shape[1:]))]))
 
 
 def _logit(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
-    classes = _indices([[target.category for target in row] for row in rows], logits)
-    return None if classes is None else _one_hot(logits, classes)
+    classes = _categories(rows, logits)
+    return None if classes is None else Chosen(classes).written_down(logits)
 
 
 def _probability(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
-    classes = _indices([[target.category for target in row] for row in rows], logits)
+    classes = _categories(rows, logits)
     return None if classes is None else Probability().scores(logits, classes).cotangent
 
 
 def _logit_and_log_probability(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
-    classes = _indices([[target.category for target in row] for row in rows], logits)
+    classes = _categories(rows, logits)
     if classes is None:
         return None
-    return _one_hot(logits, classes) + LogProbability().scores(logits, classes).cotangent
+    return Chosen(classes).written_down(logits) + LogProbability().scores(logits, classes).cotangent
 
 
 def _weighted_difference(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
@@ -198,20 +210,20 @@ def _weighted_difference(rows: list[list[Any]], logits: Tensor) -> Tensor | None
         return None
     alpha = torch.tensor([[float(target.alpha) for target in row] for row in rows], dtype=torch.float64)
     alpha = alpha.to(logits.device, logits.dtype, non_blocking=True)
-    return weighted_difference_cotangent(logits, classes, others.reshape(*classes.shape, -1), alpha)
+    return weighted_difference(logits, classes, others.reshape(*classes.shape, -1), alpha).written_down()
 
 
+_CHOOSING = "ClassifierOutputTarget"
 _FORMULAS = {
-    "ClassifierOutputTarget": _logit,
+    _CHOOSING: _logit,
     "ClassifierOutputSoftmaxTarget": _probability,
     "ClassifierOutputReST": _logit_and_log_probability,
     "FinerWeightedTarget": _weighted_difference,
 }
 
 
-def _one_hot(logits: Tensor, classes: Tensor) -> Tensor:
-    cotangent = logits.new_zeros((*classes.shape, logits.shape[1]))
-    return cotangent.scatter_(2, classes.unsqueeze(2), 1.0)
+def _categories(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
+    return _indices([[target.category for target in row] for row in rows], logits)
 
 
 def _indices(rows: list[list[Any]], logits: Tensor) -> Tensor | None:

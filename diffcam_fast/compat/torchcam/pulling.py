@@ -1,0 +1,97 @@
+"""From scores to the gradients of the recorded layers, and no further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+from diffcam_fast.compat.torchcam.recording import Recorded
+from diffcam_fast.compat.torchcam.scoring import Scores
+from diffcam_fast.explain.graph import _has_hooks, _is_mean_over_positions
+
+# Heads that average over positions are short.
+_NODES_SEARCHED = 24
+
+# Looking for a mean takes longer than the gradient of fewer elements.
+_WORTH_POOLING = 2**15
+
+
+def pull_back(scores: Scores, layers: Sequence[Recorded | None], *, pooled: bool, retain_graph: bool) -> list[Tensor]:
+    """Gradients of scores with respect to layers' outputs.
+
+    Args:
+        scores: T of them, scalars.
+        layers: what was recorded.
+        pooled: gradients that are the same at every position, because all the model does with the layer's output is
+            to take its mean over positions, may be given once.
+        retain_graph: more will be pulled back through the same graph.
+
+    Returns:
+        For each layer ``(N, C, *positions)``, or ``(N, C)`` where given once; for several scores
+        ``(N, T, C, *positions)`` or ``(N, T, C)``.
+
+    Raises:
+        RuntimeError: there is no way from the scores to a layer, or its graph has been freed.
+    """
+    known = [layer for layer in layers if layer is not None]
+    if len(known) < len(layers) or not all(score.requires_grad for score in scores.values):
+        raise RuntimeError(
+            "scores: expected a tensor that depends differentiably on every target layer. Where gradients are switched "
+            "off (torch.no_grad, torch.inference_mode), call the model as a whole and pass its output as it is"
+        )
+    pooled = pooled and (scores.alike or len(scores.values) == 1)
+    pools = [_pool(scores.values[0], layer) if pooled else None for layer in known]
+    edges = [pool or layer.edge for pool, layer in zip(pools, known, strict=True)]
+    found: list[list[Tensor]] = [[] for _ in known]
+    for number, score in enumerate(scores.values):
+        retain = retain_graph or number + 1 < len(scores.values)
+        try:
+            gradients = torch.autograd.grad(score, edges, retain_graph=retain, allow_unused=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"scores: cannot be differentiated ({error}); a second map of the same pass needs retain_graph=True "
+                "for the first"
+            ) from error
+        for layer, pool, gradient, into in zip(known, pools, gradients, found, strict=True):
+            if gradient is None:
+                raise RuntimeError(
+                    "scores: expected a tensor that depends on every target layer; got one that does not"
+                )
+            if pool is not None:
+                gradient = (gradient.reshape(layer.shape[:2]) / layer.shape[2:].numel()).to(layer.output.dtype)
+            into.append(gradient)
+    return [torch.stack(each, 1) if scores.several else each[0] for each in found]
+
+
+def _pool(scores: Tensor, layer: Recorded) -> GradientEdge | None:
+    """Where the gradient of the layer's mean over positions arrives, if nothing else is made of its output."""
+    if layer.shape.numel() < _WORTH_POOLING or layer.output._backward_hooks:
+        return None
+    last = layer.output.grad_fn
+    assert last is not None and scores.grad_fn is not None
+    users: list[Node] = []
+    seen = {scores.grad_fn, last}
+    waiting = [scores.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        for following, number in node.next_functions:
+            if following is last:
+                if number != layer.output.output_nr:
+                    return None
+                users.append(node)
+            elif following is not None and following not in seen:
+                if len(seen) == _NODES_SEARCHED:
+                    return None
+                seen.add(following)
+                waiting.append(following)
+    if len(users) != 1 or not _is_mean_over_positions(users[0], layer.output.dim()) or _has_hooks(users[0]):
+        return None
+    # What was done to the output in place, or to its copy, would show here.
+    if last is not layer.edge.node and (last.name() != "CloneBackward0" or _has_hooks(last)):
+        return None
+    return GradientEdge(users[0], 0)

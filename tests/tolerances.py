@@ -28,3 +28,12 @@ INTERPRETED_BFLOAT16 = 2**-7
 
 #: Maps of a drop-in against the library whose names it has, as a share of range: what users are promised.
 COMPAT_SHARE_OF_RANGE = 1e-5
+
+#: Probabilities of a network whose logits all got the same number added, in float32: what is promised.
+GAUGE_PROBABILITY = 1e-6
+
+#: Maps of logit differences of such a network, as a share of range, in float32: what is promised.
+GAUGE_SHARE_OF_RANGE = 1e-4
+
+#: captum rounds the weights of its quadrature to float32.
+CAPTUM_WEIGHTS = 1e-6

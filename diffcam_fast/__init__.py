@@ -1,7 +1,7 @@
 """Contrastive class activation maps at full speed.
 
-See the README for a tour, `Explainer` for maps of a model, and `cam`, `logit_difference` and
-`overlay` for the ops beneath it.
+See the README for a tour, `Explainer` for maps of a model, `cam`, `logit_difference`, `overlay` and
+`saliency_contrast` for the ops, and the packages `robustness` and `saliency` for attacks and input saliency.
 """
 
 from diffcam_fast import backends, numpy
@@ -17,7 +17,7 @@ from diffcam_fast.explain import (
     Probability,
     tokens_to_positions,
 )
-from diffcam_fast.ops import LogitDifferenceResult, cam, logit_difference, overlay
+from diffcam_fast.ops import LogitDifferenceResult, cam, logit_difference, overlay, saliency_contrast
 
 __all__ = [
     "Explainer",
@@ -34,6 +34,7 @@ __all__ = [
     "logit_difference",
     "LogitDifferenceResult",
     "overlay",
+    "saliency_contrast",
     "backends",
     "numpy",
 ]

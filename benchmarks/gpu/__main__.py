@@ -59,6 +59,7 @@ def plan(folder: Path, device: str, quick: bool) -> list[Phase]:
         _measuring("compile_one_image", folder, device, quick, 50, 15),
         _measuring("end_to_end", folder, device, quick, 100, 30),
         _measuring("overlay", folder, device, quick, 20, 8),
+        _measuring("saliency_contrast", folder, device, quick, 15, 6),
         # As much as is left: it goes on for as long as it is let.
         _measuring("compile", folder, device, quick, 400, 20),
     ]

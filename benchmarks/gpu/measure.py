@@ -27,6 +27,7 @@ BENCHMARKS = {
     "compile_one_image": ("bench_one_image", "compile_cases"),
     "end_to_end": ("bench_end_to_end", "cases"),
     "overlay": ("bench_overlay", "cases"),
+    "saliency_contrast": ("bench_saliency_contrast", "cases"),
 }
 
 

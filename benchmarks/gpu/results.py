@@ -172,6 +172,11 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             ],
         ),
         Table("overlay", of("overlay"), [*place, Column("blend", "blend"), *bandwidth, versus[2]]),
+        Table(
+            "saliency_contrast",
+            of("saliency_contrast"),
+            [*place, Column("energy", "energy"), *bandwidth, versus[2]],
+        ),
         _end_to_end(of("end_to_end")),
     ]
     return [table for table in found if table.rows]

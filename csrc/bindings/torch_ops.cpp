@@ -21,6 +21,7 @@
 #include "diffcam/logit_difference.h"
 #include "diffcam/names.h"
 #include "diffcam/overlay.h"
+#include "diffcam/saliency_contrast.h"
 
 namespace diffcam {
 
@@ -391,6 +392,35 @@ Tensor overlay(const Tensor& maps, const Tensor& images, const Tensor& table, do
     return pictures;
 }
 
+Tensor saliency_contrast(const Tensor& saliency, const Tensor& rivals, bool per_channel) {
+    const int64_t rank = saliency.dim() - 2;
+    STD_TORCH_CHECK(rank >= 1 && rank <= diffcam::kSpatialRank && rivals.dim() == saliency.dim() + 1,
+                    "expected saliency (N, C, *S) with 1 to 3 spatial dimensions and rivals (N, T, C, *S)");
+    check_device(rivals, saliency, "rivals");
+    STD_TORCH_CHECK(rivals.scalar_type() == saliency.scalar_type(), "rivals: expected the dtype of saliency");
+    std::vector<int64_t> sizes{saliency.size(0), rivals.size(1)};
+    for (int64_t i = 1; i < saliency.dim(); ++i) sizes.push_back(saliency.size(i));
+    for (int64_t i = 0; i < rivals.dim(); ++i)
+        STD_TORCH_CHECK(rivals.size(i) == sizes[i], "rivals: sizes differ from those of saliency");
+    diffcam::SaliencyContrastShape shape{
+        sizes[0], sizes[1], sizes[2], {{1, 1, 1}}, scalar_type(saliency, "saliency"), per_channel};
+    for (int64_t i = 0; i < rank; ++i)
+        shape.extent.size[diffcam::kSpatialRank - rank + i] = saliency.size(2 + i);
+    Tensor contrast = empty(sizes, accumulation_type(shape.type), saliency);
+    const diffcam::ConstView own = activations_view(saliency), others = gradients_view(rivals);
+#ifdef DIFFCAM_HAS_CUDA
+    if (on_gpu(saliency)) {
+        Gpu gpu(saliency);
+        void* scratch = gpu.scratch(diffcam::saliency_contrast_cuda_scratch_bytes(shape, gpu.queue));
+        Gpu::check(diffcam::saliency_contrast_cuda(shape, own, others, contrast.mutable_data_ptr(), scratch,
+                                                   gpu.queue));
+        return contrast;
+    }
+#endif
+    diffcam::saliency_contrast_cpu(shape, own, others, contrast.mutable_data_ptr(), torch_threads());
+    return contrast;
+}
+
 // Asks for a variant by its number, or for none with -1, and says which one is in use.
 int64_t cpu_capability(int64_t request) {
     if (request >= 0) diffcam::set_cpu_capability(static_cast<diffcam::CpuCapability>(request));
@@ -404,6 +434,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CPU, library) {
     library.impl("cam_backward", TORCH_BOX(&cam_backward));
     library.impl("logit_difference", TORCH_BOX(&logit_difference));
     library.impl("overlay", TORCH_BOX(&overlay));
+    library.impl("saliency_contrast", TORCH_BOX(&saliency_contrast));
 }
 
 #ifdef DIFFCAM_HAS_CUDA
@@ -412,6 +443,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CUDA, library) {
     library.impl("cam_backward", TORCH_BOX(&cam_backward));
     library.impl("logit_difference", TORCH_BOX(&logit_difference));
     library.impl("overlay", TORCH_BOX(&overlay));
+    library.impl("saliency_contrast", TORCH_BOX(&saliency_contrast));
 }
 #endif
 

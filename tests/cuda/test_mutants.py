@@ -18,12 +18,15 @@ BENIGN = {
     }
 }
 
+#: Ops whose threads never wait for each other.
+WITHOUT_BARRIERS = {"saliency_contrast"}
+
 
 @pytest.mark.parametrize("op", SWEEPS)
 def test_a_barrier_left_out_is_noticed(builds, op):
     builds[op, False].result()
     verdicts = sweeps.verdicts_on_mutants(op)
-    assert verdicts
+    assert bool(verdicts) == (op not in WITHOUT_BARRIERS)
     unnoticed = {site for site, verdict in verdicts.items() if not verdict}
     assert unnoticed == BENIGN.get(op, {}).keys()
 

@@ -25,12 +25,14 @@ from .cases import Case
 from .device import KernelError, load
 from .logit_difference_cases import logit_difference_cases
 from .overlay_cases import overlay_cases
+from .saliency_contrast_cases import saliency_contrast_cases
 
 SWEEPS = {
     "cam": cam_cases,
     "cam_backward": cam_backward_cases,
     "logit_difference": logit_difference_cases,
     "overlay": overlay_cases,
+    "saliency_contrast": saliency_contrast_cases,
 }
 
 BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|cluster_sync|copy_async_wait<[^>]*>)\(")

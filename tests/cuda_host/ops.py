@@ -15,13 +15,14 @@ from diffcam_fast.reference.cam import NORMALIZATIONS, accumulation_dtype
 from diffcam_fast.reference.logit_difference import BASELINES
 from diffcam_fast.reference.overlay import BLENDS
 
-from .device import SCALAR_TYPES, Device, cam_shape, check, method_number, pointer, scalar_type, view
+from .device import SCALAR_TYPES, Device, cam_shape, check, extent, method_number, pointer, scalar_type, view
 from .structs import (
     LogitDifferenceOptionsStruct,
     LogitDifferenceResultStruct,
     LogitDifferenceShapeStruct,
     OverlayOptionsStruct,
     OverlayShapeStruct,
+    SaliencyContrastShapeStruct,
 )
 
 UNWRITTEN_INDEX = torch.iinfo(torch.int64).min
@@ -151,3 +152,20 @@ def overlay(
     )
     check(library, error)
     return pictures
+
+
+def saliency_contrast(
+    library: ctypes.CDLL, device: Device, saliency: Tensor, rivals: Tensor, per_channel: bool = True
+) -> Tensor:
+    """diffcam_fast::saliency_contrast."""
+    contrast = torch.full(rivals.shape, torch.nan, dtype=accumulation_dtype(saliency.dtype))
+    shape = SaliencyContrastShapeStruct(*rivals.shape[:3], extent(rivals.shape[3:]), scalar_type(saliency), per_channel)
+    error = library.run_saliency_contrast(
+        ctypes.byref(shape),
+        ctypes.byref(view(saliency, has_targets=False)),
+        ctypes.byref(view(rivals, has_targets=True)),
+        pointer(contrast),
+        ctypes.byref(device.struct()),
+    )
+    check(library, error)
+    return contrast

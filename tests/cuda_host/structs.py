@@ -86,3 +86,14 @@ class OverlayOptionsStruct(ctypes.Structure):
         ("blend", ctypes.c_int),
         ("eps", ctypes.c_double),
     )
+
+
+class SaliencyContrastShapeStruct(ctypes.Structure):
+    _fields_ = (
+        ("images", ctypes.c_int64),
+        ("targets", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("extent", ctypes.c_int64 * SPATIAL_RANK),
+        ("type", ctypes.c_int),
+        ("per_channel", ctypes.c_bool),
+    )

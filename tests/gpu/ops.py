@@ -79,6 +79,12 @@ def _overlay(blend: str) -> Call:
     )
 
 
+def _saliency_contrast(per_channel: bool) -> Call:
+    saliency = torch.randn(3, 3, 50, 41, generator=generator(7))
+    rivals = torch.randn(3, 2, 3, 50, 41, generator=generator(8))
+    return Call((saliency, rivals), lambda s, r: OPS.saliency_contrast(s, r, per_channel), 2, allowed=1e-5)
+
+
 CALLS: dict[str, Call] = {
     **{f"cam {method}": _cam(method) for method in ("gradcam", "gradcam++", "xgradcam", "hirescam")},
     "cam gradcam channels-last": _cam("gradcam", channels_last=True),
@@ -88,4 +94,6 @@ CALLS: dict[str, Call] = {
     "logit_difference top 5": _logit_difference("logsumexp", 5),
     "logit_difference of 262144": _logit_difference("logsumexp", 5, 262144),
     **{f"overlay {blend}": _overlay(blend) for blend in ("proportional", "uniform")},
+    "saliency_contrast": _saliency_contrast(True),
+    "saliency_contrast of all channels": _saliency_contrast(False),
 }

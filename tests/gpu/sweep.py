@@ -50,7 +50,7 @@ def sweep(failures: Failures) -> int:
             failures.at_most(largest(got.cpu() - want) / largest(want), 1e-4, f"backward of {method}")
         calls += 1
     for name, call in CALLS.items():
-        if name.startswith(("logit_difference", "overlay")):
+        if name.startswith(("logit_difference", "overlay", "saliency_contrast")):
             call.compare(failures, call(call.on()), call(call.inputs), name)
             calls += 1
     return calls

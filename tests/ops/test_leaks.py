@@ -43,9 +43,10 @@ def _bytes_in_use() -> int:
         lambda: OPS.cam_backward(GRAD_RAW, ACTIVATIONS, GRADIENTS, "gradcam++", True, True),
         lambda: OPS.logit_difference(LOGITS, CLASSES, "logsumexp", 3, 1.0, 1.0, []),
         lambda: OPS.logit_difference(LOGITS, CLASSES, "finer", 0, 1.0, 1.0, [1, 2, 3]),
+        lambda: OPS.saliency_contrast(ACTIVATIONS, GRADIENTS, True),
         lambda: OPS.cpu_capability(-1),
     ],
-    ids=["cam", "cam_backward", "logit_difference", "finer", "cpu_capability"],
+    ids=["cam", "cam_backward", "logit_difference", "finer", "saliency_contrast", "cpu_capability"],
 )
 def test_no_growth_over_many_calls(call: Callable[[], object]) -> None:
     calls = 5000

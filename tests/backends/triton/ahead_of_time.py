@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from diffcam_fast.backends.triton import cam, cam_backward, logit_difference, overlay
+from diffcam_fast.backends.triton import cam, cam_backward, logit_difference, overlay, saliency_contrast
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -139,6 +139,16 @@ OVERLAY = (
     ((224, 224), torch.float16, torch.float16, "strided", "proportional"),
 )
 
+# Shape, rivals, dtype, layout, whether each channel has an energy of its own.
+SALIENCY_CONTRAST_ALIGNED = (((32, 3, 224, 224), 5, torch.float32, "contiguous", True),)
+SALIENCY_CONTRAST = (
+    *SALIENCY_CONTRAST_ALIGNED,
+    ((32, 3, 224, 224), 5, torch.bfloat16, "contiguous", False),
+    ((32, 3, 224, 224), 5, torch.float32, "channels-last", True),
+    ((2, 3, 15, 15), 2, torch.float64, "strided", False),
+    ((2, 60, 8, 30, 30), 3, torch.float64, "contiguous", True),
+)
+
 
 def calls() -> Iterator[tuple[str, bool, Any]]:
     """Calls of the host code, each with a name, and whether the inputs are aligned."""
@@ -169,6 +179,13 @@ def calls() -> Iterator[tuple[str, bool, Any]]:
         table = torch.empty(256, 3, device="meta")
         label = f"overlay {blend} {'x'.join(map(str, size))} {TYPES[dtype]} on {TYPES[image_dtype]} {layout}"
         yield label, False, partial(overlay.overlay, maps, images, table, 0.5, "minmax", blend, 1e-7)
+    for case in SALIENCY_CONTRAST:
+        shape, targets, dtype, layout, per_channel = case
+        own = laid_out(shape, dtype, layout)
+        others = laid_out((shape[0] * targets, *shape[1:]), dtype, layout).unflatten(0, (shape[0], targets))
+        label = f"saliency_contrast {'x'.join(map(str, shape))} T={targets} {TYPES[dtype]} {layout} {per_channel}"
+        call = partial(saliency_contrast.saliency_contrast, own, others, per_channel)
+        yield label, case in SALIENCY_CONTRAST_ALIGNED, call
 
 
 def laid_out(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> torch.Tensor:

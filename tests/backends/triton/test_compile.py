@@ -16,9 +16,9 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from diffcam_fast.backends.triton import cam, cam_backward, logit_difference
+from diffcam_fast.backends.triton import cam, cam_backward, logit_difference, saliency_contrast
 
-assert cam and cam_backward and logit_difference
+assert cam and cam_backward and logit_difference and saliency_contrast
 OPS = torch.ops.diffcam_fast_triton
 A, G, Z = torch.rand(3, 40, 6, 6), torch.randn(3, 2, 40, 6, 6), torch.randn(3, 40)
 CLASSES = torch.zeros(3, 2, dtype=torch.int64)
@@ -39,8 +39,9 @@ class Driver:
         (lambda z, c: OPS.logit_difference(z, c, "expected", 0, 1.0, 1.0, [])[1], (Z, CLASSES), 1),
         (lambda z, c: OPS.logit_difference(z, c, "max", 20, 1.0, 1.0, [])[0], (Z, CLASSES), 2),
         (lambda z, c: OPS.logit_difference(z, c, "finer", 0, 1.0, 0.6, [1, 2])[1], (Z, CLASSES), 1),
+        (lambda a, g: OPS.saliency_contrast(a, g, True), (A, G), 3),
     ],
-    ids=["cam", "cam_backward", "expected", "max of many", "finer"],
+    ids=["cam", "cam_backward", "expected", "max of many", "finer", "saliency_contrast"],
 )
 def test_the_graph_holds_the_kernels(
     monkeypatch: pytest.MonkeyPatch, call: Callable[..., Any], tensors: tuple[Any, ...], kernels: int
@@ -71,4 +72,5 @@ def test_the_graph_holds_the_kernels(
     assert not any("diffcam_fast" in str(node.target) for node in graph.graph.nodes)
     # Only what a kernel writes is seen as written: anything else would be copied first.
     written = {name for node in calls for name in node.kwargs.get("tensors_to_clone", ())}
-    assert written and not written & {"activations", "gradients", "logits", "classes", "order", "partials"}
+    read = {"activations", "gradients", "logits", "classes", "order", "partials", "saliency"}
+    assert written and not written & read

@@ -36,13 +36,14 @@ def _run(op: str, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-OPS = ("cam", "cam_backward", "logit_difference", "overlay")
+OPS = ("cam", "cam_backward", "logit_difference", "overlay", "saliency_contrast")
 #: What fails first where the op's kernels are broken.
 FAILING = {
     "cam": "every_kernel",
     "cam_backward": "several_blocks",
     "logit_difference": "thousand",
     "overlay": "several_parts",
+    "saliency_contrast": "several_pieces",
 }
 
 

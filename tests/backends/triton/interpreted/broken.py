@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from diffcam_fast.backends.triton import cam, cam_backward, logit_difference, overlay
+from diffcam_fast.backends.triton import cam, cam_backward, logit_difference, overlay, saliency_contrast
 
 
 @triton.jit
@@ -28,7 +28,14 @@ def _place(pixel, scale, positions):
     return first, tl.minimum(first + 1, positions - 1), at - first.to(scale.dtype)
 
 
+@triton.jit
+def _divided(values, scale, divisor):
+    """Energies are not taken into account."""
+    return values * scale
+
+
 cam.channel_offsets = channel_offsets
 cam_backward.channel_offsets = channel_offsets
 logit_difference._is_at_or_before = _is_at_or_before
 overlay._place = _place
+saliency_contrast._divided = _divided

@@ -3,6 +3,7 @@
 # make build  the environment (.venv) and the compiled library, nothing else
 # make lint   formatting, lint and types
 # make bench  regenerate benchmarks/results and the tables made from them
+# make studies  the studies of how far explanations can be trusted, at quick size; FULL=1 for the results in benchmarks/results
 # make gpu    on a machine with a GPU: build, test, check and measure, within nine minutes
 # make wheel  a manylinux wheel in dist/, tried in a clean environment
 # make clean  remove what these made, the fetched photos in .cache excepted
@@ -13,12 +14,14 @@ BIN := $(VENV)/bin
 CACHE := .cache
 PYTEST_FLAGS ?=
 GPU_FLAGS ?=
+FULL ?=
+STUDIES ?=
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.inc csrc/include/diffcam/*.h)
 NATIVE := setup.py pyproject.toml $(SOURCES)
 CPP := $(SOURCES) $(wildcard tests/cuda_host/*.h tests/cuda_host/*.cpp tests/cuda/*.cu)
 
-.PHONY: build demo test sanitize lint bench gpu wheel clean
+.PHONY: build demo test sanitize lint bench studies gpu wheel clean
 
 build: $(VENV)/.built
 
@@ -54,6 +57,9 @@ bench: build
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.tables
 
+studies: build
+	$(BIN)/python -m benchmarks.studies $(STUDIES) $(if $(FULL),,--quick)
+
 # With the Python that has PyTorch for the GPU, as it is: nothing is installed.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(GPU_FLAGS)
@@ -65,4 +71,4 @@ wheel: build
 	tests/try_wheel.sh $(BIN)/python dist
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info diffcam_fast/_build.json diffcam_fast/*.so
+	rm -rf $(VENV) build dist demo studies *.egg-info diffcam_fast/_build.json diffcam_fast/*.so

@@ -10,11 +10,15 @@ from pathlib import Path
 from benchmarks import environment, report
 from benchmarks.speed import (
     bench_cam,
+    bench_compat,
     bench_end_to_end,
+    bench_fooling,
     bench_growth,
     bench_logit_difference,
     bench_memory,
     bench_overlay,
+    bench_region_shift,
+    bench_saliency_contrast,
 )
 from benchmarks.speed.measure import NotCompiled, WrongResult
 
@@ -22,7 +26,11 @@ BENCHMARKS: dict[str, Callable[[bool], report.Report]] = {
     "cam": bench_cam.run,
     "logit_difference": bench_logit_difference.run,
     "overlay": bench_overlay.run,
+    "saliency_contrast": bench_saliency_contrast.run,
     "end_to_end": bench_end_to_end.run,
+    "compat": bench_compat.run,
+    "fooling": bench_fooling.run,
+    "region_shift": bench_region_shift.run,
     "growth": bench_growth.run,
     "memory": bench_memory.run,
 }

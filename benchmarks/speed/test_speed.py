@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.speed import bench_cam, bench_end_to_end, bench_logit_difference, bench_overlay
+from benchmarks.speed import bench_cam, bench_end_to_end, bench_logit_difference, bench_overlay, bench_saliency_contrast
 from benchmarks.speed.measure import check
 from benchmarks.speed.networks import SIZE
 from diffcam_fast.benchmark import explanations
@@ -55,6 +55,17 @@ def test_logit_difference(benchmark: Benchmark, case: bench_logit_difference.Cas
 def test_overlay(benchmark: Benchmark, case: bench_overlay.Case) -> None:
     ours = bench_overlay.ours(bench_overlay.Inputs(case))
     check({"ours": ours}, "overlay")
+    benchmark(ours.run, 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    bench_saliency_contrast.cases(quick=False),
+    ids=lambda case: "-".join(str(value) for value in case.columns().values()),
+)
+def test_saliency_contrast(benchmark: Benchmark, case: bench_saliency_contrast.Case) -> None:
+    ours = bench_saliency_contrast.ours(bench_saliency_contrast.Inputs(case))
+    check({"ours": ours}, "saliency_contrast")
     benchmark(ours.run, 0)
 
 

@@ -24,9 +24,9 @@ def _files(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", run.BENCHMARKS)
 def test_quick_run_writes_results_with_their_origin(name: str, tmp_path: Path) -> None:
-    if name in ("cam", "logit_difference", "overlay") and absent_because("cpu") is not None:
+    if name in ("cam", "logit_difference", "overlay", "saliency_contrast") and absent_because("cpu") is not None:
         pytest.skip(f"no compiled kernels: {absent_because('cpu')}")
-    if name in ("end_to_end", "growth"):
+    if name in ("end_to_end", "growth", "compat"):
         pytest.importorskip("tests.helpers.torchvision_cpu")
     threads = torch.get_num_threads()
 

@@ -137,7 +137,7 @@ def test_cases_without_time_are_listed() -> None:
     assert [record.get("left_out") for record in records] == [None, "long", "next"]
 
 
-@pytest.mark.parametrize("name", ["cam", "one_image", "logit_difference", "overlay"])
+@pytest.mark.parametrize("name", ["cam", "one_image", "logit_difference", "overlay", "saliency_contrast"])
 def test_a_smoke_run_gives_rows_for_the_tables(name: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     assert measure.main([name, "--device", "cpu", "--quick", "--rows", str(rows)]) == 0

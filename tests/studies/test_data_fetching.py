@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.studies import fetching
 from benchmarks.studies.fetching import JavaScriptPackage, PythonPackage, read_members
 from diffcam_fast.models.registry import FetchRefusedError
 from diffcam_fast.models.samples import HashMismatchError
@@ -130,6 +131,18 @@ def test_another_tarball_is_refused(registry, content):
     publish(registry, content)
     with pytest.raises(HashMismatchError, match="nothing of it was used"):
         PACKAGE.fetch(progress=False)
+
+
+def test_no_more_is_read_than_the_size():
+    class Endless:
+        count = 0
+
+        def read(self, size):
+            self.count += size
+            assert self.count < 2**22
+            return bytes(size)
+
+    assert len(fetching._read(Endless(), 1000, None)) == 1001
 
 
 def test_another_integrity_is_refused(registry):

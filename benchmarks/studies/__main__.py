@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import environment
-from benchmarks.studies import report, study
+from benchmarks.studies import STUDIES, report, study
 from diffcam_fast.models.registry import FetchRefusedError
 from diffcam_fast.models.samples import HashMismatchError
 
-STUDIES = ("fooling", "logit_shift", "adversarial", "region_shift", "contrastive_saliency")
 RESULTS = environment.RESULTS / "studies"
 QUICK_RESULTS = environment.ROOT / "studies"
 CACHE = environment.ROOT / ".cache" / "studies"

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.studies import STUDIES
 from diffcam_fast.benchmark import machine
 from diffcam_fast.models.files import write_atomically
 
@@ -57,7 +58,7 @@ def write(folder: Path) -> Path:
     Raises:
         ValueError: a file of results is not one, or is larger than 16 MiB.
     """
-    studies = [_read(path) for path in sorted(folder.glob("*.json"))]
+    studies = sorted((_read(path) for path in sorted(folder.glob("*.json"))), key=_place)
     path = folder / PAGE
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page(studies, folder).encode())
@@ -76,6 +77,10 @@ def page(studies: list[dict[str, Any]], folder: Path) -> str:
         f"<title>How far explanations can be trusted</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>How far explanations can be trusted</h1>\n<nav>{links}</nav>\n{sections}\n</body>\n</html>\n"
     )
+
+
+def _place(study: dict[str, Any]) -> int:
+    return STUDIES.index(study["study"]) if study["study"] in STUDIES else len(STUDIES)
 
 
 def _section(study: dict[str, Any], folder: Path) -> str:

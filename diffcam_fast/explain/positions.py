@@ -9,6 +9,8 @@ from numbers import Integral
 
 from torch import Tensor
 
+from diffcam_fast.ops.arguments import check_integer
+
 
 def tokens_to_positions(prefix_tokens: int = 1, size: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
     """A `reshape` for `Explainer`: tokens ``(N, tokens, C)`` to channels at positions ``(N, C, *size)``.
@@ -28,10 +30,7 @@ def tokens_to_positions(prefix_tokens: int = 1, size: Sequence[int] | None = Non
         TypeError: ``prefix_tokens`` or a size is not an integer.
         ValueError: ``prefix_tokens`` is negative or a size not positive.
     """
-    if isinstance(prefix_tokens, bool) or not isinstance(prefix_tokens, Integral):
-        raise TypeError(f"prefix_tokens: expected an integer; got {type(prefix_tokens).__name__}")
-    if prefix_tokens < 0:
-        raise ValueError(f"prefix_tokens: expected 0 or more; got {prefix_tokens}")
+    check_integer("prefix_tokens", prefix_tokens, least=0)
     if size is not None:
         size = check_size(size)
     return partial(_positions, prefix_tokens=int(prefix_tokens), size=size)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffcam_fast.explain.shared import SharedScores, difference_scores, one_hot_scores, pairwise_scores
+from diffcam_fast.ops.arguments import check_integer, check_number
 from diffcam_fast.ops.logit_difference import logit_difference
 from diffcam_fast.reference.logit_difference import BASELINES, TEMPERED
 
@@ -95,7 +94,7 @@ class LogitDifference(Target):
             raise ValueError("baseline: 'finer' has parameters of its own; use the target Finer(alpha=..., ranks=...)")
         if self.baseline not in known:
             raise ValueError(f"baseline: expected one of {', '.join(known)}; got {self.baseline!r}")
-        _check_number("temperature", self.temperature)
+        check_number("temperature", self.temperature)
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected a positive number; got {self.temperature!r}")
         if self.temperature != 1 and self.baseline not in TEMPERED:
@@ -104,7 +103,7 @@ class LogitDifference(Target):
                 f"{self.baseline!r}"
             )
         if self.top_k is not None:
-            _check_integer("top_k", self.top_k)
+            check_integer("top_k", self.top_k)
             if self.top_k < 1:
                 raise ValueError(f"top_k: expected at least 1; got {self.top_k}")
         if not isinstance(self.pairwise, bool):
@@ -168,11 +167,11 @@ class Finer(Target):
     ranks: tuple[int, ...] = (1, 2, 3)
 
     def __post_init__(self) -> None:
-        _check_number("alpha", self.alpha)
+        check_number("alpha", self.alpha)
         if isinstance(self.ranks, str) or not isinstance(self.ranks, list | tuple):
             raise TypeError(f"ranks: expected a tuple of integers; got {type(self.ranks).__name__}")
         for rank in self.ranks:
-            _check_integer("ranks", rank)
+            check_integer("ranks", rank)
         if not self.ranks or len(set(self.ranks)) != len(self.ranks) or min(self.ranks) < 1:
             raise ValueError(f"ranks: expected at least one rank, each once and from 1; got {tuple(self.ranks)}")
         object.__setattr__(self, "ranks", tuple(int(rank) for rank in self.ranks))
@@ -297,15 +296,3 @@ def score(target: Target | TargetFunction, logits: Tensor, classes: Tensor) -> S
     if len(rows) < len(columns):
         raise ValueError("target: expected scores that depend on the logits differentiably; these do not")
     return Scores(scores.detach().to(logits.dtype), torch.stack(rows, 1))
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number; got {value!r}")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")

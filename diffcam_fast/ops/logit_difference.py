@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffcam_fast.backends.library import NAMESPACE, define
+from diffcam_fast.ops.arguments import check_integer, check_number
 from diffcam_fast.reference import logit_difference as reference
 from diffcam_fast.reference.cam import accumulation_dtype
 from diffcam_fast.reference.logit_difference import BASELINES, TEMPERED
@@ -152,8 +151,8 @@ def check_options(class_count: int, baseline: Any, top_k: Any, temperature: Any,
     """Raise unless the options are valid for logits of so many classes."""
     if baseline not in BASELINES:
         raise ValueError(f"baseline: expected one of {', '.join(BASELINES)}; got {baseline!r}")
-    _check_number("temperature", temperature)
-    _check_number("alpha", alpha)
+    check_number("temperature", temperature)
+    check_number("alpha", alpha)
     if isinstance(ranks, str) or not isinstance(ranks, Sequence):
         raise TypeError(f"ranks: expected a sequence of integers; got {type(ranks).__name__}")
     if not temperature > 0:
@@ -173,7 +172,7 @@ def check_options(class_count: int, baseline: Any, top_k: Any, temperature: Any,
         raise ValueError(f"ranks: only for baseline finer; got {ranks!r} with {baseline!r}")
     if top_k is None:
         return
-    _check_integer("top_k", top_k)
+    check_integer("top_k", top_k)
     if not 1 <= top_k < class_count:
         raise ValueError(
             f"top_k: expected 1 to {class_count - 1}, the number of rivals of a class among {class_count}; got {top_k}"
@@ -182,7 +181,7 @@ def check_options(class_count: int, baseline: Any, top_k: Any, temperature: Any,
 
 def _check_ranks(class_count: int, ranks: Sequence[Any]) -> None:
     for rank in ranks:
-        _check_integer("ranks", rank)
+        check_integer("ranks", rank)
     if len(ranks) == 0 or len(set(ranks)) != len(ranks):
         raise ValueError(f"ranks: expected at least one rank, each once; got {tuple(ranks)}")
     if not all(1 <= rank < class_count for rank in ranks):
@@ -190,18 +189,6 @@ def _check_ranks(class_count: int, ranks: Sequence[Any]) -> None:
             f"ranks: expected ranks from 1 to {class_count - 1}, the number of rivals of a class among "
             f"{class_count}; got {tuple(ranks)}"
         )
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not -math.inf < float(value) < math.inf:
-        raise ValueError(f"{name}: expected a finite number; got {value!r}")
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")
 
 
 def check_range(classes: Tensor, class_count: int) -> None:

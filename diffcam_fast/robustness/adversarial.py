@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from diffcam_fast.explain.capture import ordinary
 from diffcam_fast.explain.checks import check_images, check_logits
 from diffcam_fast.explain.evaluation import evaluating
+from diffcam_fast.ops.arguments import check_integer, check_number, check_positive
 from diffcam_fast.reference.cam import accumulation_dtype
 
 Bounds = tuple[float, float]
@@ -74,7 +73,7 @@ def fgsm(
             wrong shape or out of range, a target class that is the label, a model that does not return logits.
         ImportError: Foolbox is missing.
     """
-    _check_strength(strength)
+    check_number("strength", strength, least=0)
 
     def attack(attacks: Any) -> _Run:
         # The same as Foolbox's LinfFastGradientAttack, which refuses target classes.
@@ -119,10 +118,10 @@ def bim(
         ValueError: as in `fgsm`, or fewer than one step, or a step size that is not a positive number.
         ImportError: Foolbox is missing.
     """
-    _check_strength(strength)
-    _check_count("steps", steps)
+    check_number("strength", strength, least=0)
+    check_integer("steps", steps, least=1)
     if step_size is not None:
-        _check_positive("step_size", step_size)
+        check_positive("step_size", step_size)
     size = 2 * strength / steps if step_size is None else step_size
 
     def attack(attacks: Any) -> _Run:
@@ -178,13 +177,11 @@ def carlini_wagner(
         ValueError: as in `fgsm`, or an argument above is out of range.
         ImportError: Foolbox is missing.
     """
-    _check_number("confidence", confidence)
-    if confidence < 0:
-        raise ValueError(f"confidence: expected at least 0; got {confidence!r}")
-    _check_count("steps", steps)
-    _check_count("search_steps", search_steps)
-    _check_positive("step_size", step_size)
-    _check_positive("initial_constant", initial_constant)
+    check_number("confidence", confidence, least=0)
+    check_integer("steps", steps, least=1)
+    check_integer("search_steps", search_steps, least=1)
+    check_positive("step_size", step_size)
+    check_positive("initial_constant", initial_constant)
     if not isinstance(abort_early, bool):
         raise TypeError(f"abort_early: expected a bool; got {type(abort_early).__name__}")
 
@@ -347,33 +344,7 @@ def _check_bounds(bounds: Any) -> Bounds:
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError(f"bounds: expected two numbers, smallest and largest; got {bounds!r}")
     for bound in bounds:
-        _check_number("bounds", bound)
+        check_number("bounds", bound)
     if not bounds[0] < bounds[1]:
         raise ValueError(f"bounds: expected the smallest value first; got {tuple(bounds)}")
     return float(bounds[0]), float(bounds[1])
-
-
-def _check_strength(strength: Any) -> None:
-    _check_number("strength", strength)
-    if strength < 0:
-        raise ValueError(f"strength: expected at least 0; got {strength!r}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    _check_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}: expected a positive number; got {value!r}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number; got {value!r}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1; got {value}")

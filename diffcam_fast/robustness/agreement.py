@@ -6,13 +6,12 @@ is `diffcam_fast.robustness.hoax.map_entropy`.
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcam_fast.ops.arguments import check_number, check_positive
 from diffcam_fast.reference.cam import accumulation_dtype
 from diffcam_fast.robustness.structural_similarity import structural_similarity
 
@@ -38,7 +37,7 @@ def ssim(first: Tensor, second: Tensor, *, data_range: float = 1.0) -> Tensor:
         ValueError: shapes that do not go together, or a range that is not positive.
     """
     first, second = _pairs(first, second)
-    _check_range(data_range)
+    check_positive("data_range", data_range)
     shape = first.shape
     first, second = first.reshape(-1, *shape[-2:]), second.reshape(-1, *shape[-2:])
     return structural_similarity(first, second, float(data_range)).reshape(shape[:-2])
@@ -123,17 +122,9 @@ def top_positions(values: Tensor, fraction: float) -> Tensor:
 
 def check_fraction(fraction: Any) -> None:
     """Raise unless it is a number above 0 and up to 1."""
-    if isinstance(fraction, bool) or not isinstance(fraction, Real):
-        raise TypeError(f"fraction: expected a number; got {type(fraction).__name__}")
+    check_number("fraction", fraction)
     if not 0 < float(fraction) <= 1:
         raise ValueError(f"fraction: expected a number above 0 and up to 1; got {fraction!r}")
-
-
-def _check_range(data_range: Any) -> None:
-    if isinstance(data_range, bool) or not isinstance(data_range, Real):
-        raise TypeError(f"data_range: expected a number; got {type(data_range).__name__}")
-    if not 0 < float(data_range) < math.inf:
-        raise ValueError(f"data_range: expected a positive number; got {data_range!r}")
 
 
 def _pairs(first: Any, second: Any) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from diffcam_fast.explain.checks import check_images
 from diffcam_fast.explain.classes import classes_for, parse_classes
 from diffcam_fast.explain.layers import LayerSpec, resolve_layers, unwrapped
 from diffcam_fast.explain.targets import TargetFunction, check_target
+from diffcam_fast.ops.arguments import check_integer, check_number
 from diffcam_fast.reference.cam import METHODS
 from diffcam_fast.robustness.fooling_losses import MapLoss
 from diffcam_fast.robustness.fooling_maps import record
@@ -100,7 +100,7 @@ class PassiveFooling:
             raise TypeError(f"loss: expected a MapLoss, such as HoaxLoss(...); got {type(loss).__name__}")
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-        _check_strength(strength)
+        check_number("strength", strength, least=0)
         if optimizer is not None and not callable(optimizer):
             raise TypeError(f"optimizer: expected a function of parameters or None; got {type(optimizer).__name__}")
         self.original = unwrapped(model)
@@ -195,10 +195,7 @@ class PassiveFooling:
             ValueError: it is negative, or the loader has no batches left.
             TypeError, ValueError, RuntimeError: as `step`.
         """
-        if isinstance(steps, bool) or not isinstance(steps, Integral):
-            raise TypeError(f"steps: expected an integer; got {type(steps).__name__}")
-        if steps < 0:
-            raise ValueError(f"steps: expected 0 or more; got {steps}")
+        check_integer("steps", steps, least=0)
         device = self.optimizer.param_groups[0]["params"][0].device
         batches = _again_and_again(loader)
         found = []
@@ -206,13 +203,6 @@ class PassiveFooling:
             images, labels = next(batches)
             found.append(self.step(images.to(device), labels))
         return found
-
-
-def _check_strength(strength: Any) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, Real):
-        raise TypeError(f"strength: expected a number; got {type(strength).__name__}")
-    if not 0 <= float(strength) < math.inf:
-        raise ValueError(f"strength: expected a number from 0; got {strength!r}")
 
 
 def _again_and_again(loader: Iterable[tuple[Tensor, Any]]) -> Iterator[tuple[Tensor, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcam_fast.ops.arguments import check_integer
 from diffcam_fast.robustness.agreement import check_fraction, top_positions
 from diffcam_fast.robustness.hoax import SalienceHoax
 
@@ -87,9 +87,7 @@ class LocationLoss(MapLoss):
     """
 
     def __init__(self, width: int = 1) -> None:
-        _check_integer("width", width)
-        if width < 1:
-            raise ValueError(f"width: expected at least 1; got {width}")
+        check_integer("width", width, least=1)
         self.width = int(width)
 
     def frame(self, height: int, width: int) -> Tensor:
@@ -175,7 +173,7 @@ class ActiveLoss(MapLoss):
 
     def __init__(self, first: int, second: int) -> None:
         for name, index in (("first", first), ("second", second)):
-            _check_integer(name, index)
+            check_integer(name, index)
             if index < 0:
                 raise ValueError(f"{name}: expected the index of a class; got {index}")
         if first == second:
@@ -229,8 +227,3 @@ def _checked_original(maps: Tensor, original: Tensor | None) -> Tensor:
     if original.shape != maps.shape:
         raise ValueError(f"original: expected the shape of maps, {tuple(maps.shape)}; got {tuple(original.shape)}")
     return original.detach().to(maps)
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffcam_fast.explain.positions import check_size
+from diffcam_fast.ops.arguments import check_number
 
 
 def map_entropy(maps: Tensor) -> Tensor:
@@ -122,8 +122,7 @@ class SalienceHoax:
 
 
 def _checked_entropy(entropy: Any, positions: int) -> float:
-    if isinstance(entropy, bool) or not isinstance(entropy, Real):
-        raise TypeError(f"entropy: expected a number of nats or None; got {type(entropy).__name__}")
+    check_number("entropy", entropy)
     # Rounding may put a uniform map's entropy a little above what it is.
     if not 0 <= float(entropy) <= math.log(positions) + 1e-6:
         raise ValueError(

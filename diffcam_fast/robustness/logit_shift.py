@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from diffcam_fast.explain.capture import LayerHooks
 from diffcam_fast.explain.checks import check_logits
 from diffcam_fast.explain.layers import LayerSpec, resolve_layers, unwrapped
+from diffcam_fast.ops.arguments import check_number
 from diffcam_fast.reference.cam import accumulation_dtype
 
 Shift = Callable[[Tensor], Tensor]
@@ -41,7 +41,7 @@ class CornerSum:
     corner: str = "top left"
 
     def __post_init__(self) -> None:
-        _check_strength(self.strength)
+        check_number("strength", self.strength)
         if self.corner not in CORNERS:
             raise ValueError(f"corner: expected one of {', '.join(CORNERS)}; got {self.corner!r}")
 
@@ -71,7 +71,7 @@ class RegionSum:
     region: Sequence[tuple[int, int]]
 
     def __post_init__(self) -> None:
-        _check_strength(self.strength)
+        check_number("strength", self.strength)
         wrong = f"region: expected pairs of integers (start, stop), one for each dimension; got {self.region!r}"
         if not isinstance(self.region, tuple | list) or not self.region:
             raise TypeError(wrong)
@@ -207,13 +207,6 @@ class _Watching(LayerHooks):
             )
         wide = torch.promote_types(accumulation_dtype(logits.dtype), shift.dtype)
         return (logits.to(wide) + shift.to(logits.device, wide).unsqueeze(1)).to(logits.dtype)
-
-
-def _check_strength(strength: Any) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, Real):
-        raise TypeError(f"strength: expected a number; got {type(strength).__name__}")
-    if not math.isfinite(strength):
-        raise ValueError(f"strength: expected a finite number; got {strength!r}")
 
 
 def _is_integer(value: Any) -> bool:

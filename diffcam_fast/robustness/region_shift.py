@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcam_fast.ops.arguments import check_integer, check_number, check_positive
 from diffcam_fast.reference.cam import accumulation_dtype
 from diffcam_fast.robustness.structural_similarity import structural_similarity
 
@@ -45,7 +45,7 @@ def nissim(original: Tensor, attacked: Tensor, *, data_range: float = 1.0) -> Te
         ValueError: shapes or devices that do not go together, or a range that is not positive.
     """
     original, attacked = _common(original, attacked)
-    _check_range(data_range)
+    check_positive("data_range", data_range)
     if original.dim() < 2 or original.shape[-2:].numel() == 0:
         raise ValueError(f"original: expected shape (N, H, W) or (N, T, H, W); got {tuple(original.shape)}")
     shape = original.shape
@@ -110,7 +110,7 @@ def psnr(original: Tensor, attacked: Tensor, *, data_range: float = 1.0) -> Tens
         ValueError: shapes or devices that do not go together, or a range that is not positive.
     """
     original, attacked = _common(original, attacked)
-    _check_range(data_range)
+    check_positive("data_range", data_range)
     if original.dim() < 2 or original.shape[1:].numel() == 0:
         raise ValueError(f"original: expected shape (N, C, *S); got {tuple(original.shape)}")
     return 10 * torch.log10(float(data_range) ** 2 / (original - attacked).square().flatten(1).mean(1))
@@ -133,15 +133,12 @@ class RegionShift:
 
     def __init__(self, strengths: Sequence[float], *, data_range: float = 1.0, bins: int = 100) -> None:
         for strength in strengths:
-            _check_number("strengths", strength)
+            check_number("strengths", strength)
         self.strengths = tuple(float(strength) for strength in strengths)
         if not self.strengths or len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"strengths: expected one or more, each once; got {list(strengths)}")
-        _check_range(data_range)
-        if isinstance(bins, bool) or not isinstance(bins, int):
-            raise TypeError(f"bins: expected an integer; got {type(bins).__name__}")
-        if bins < 1:
-            raise ValueError(f"bins: expected at least 1; got {bins}")
+        check_positive("data_range", data_range)
+        check_integer("bins", bins, least=1)
         self._data_range = float(data_range)
         self.count = 0
         """How many images there were."""
@@ -230,14 +227,3 @@ def _check_floating(name: str, values: Any) -> None:
         raise TypeError(f"{name}: expected a torch.Tensor; got {type(values).__name__}")
     if not values.is_floating_point():
         raise TypeError(f"{name}: expected a floating point tensor; got {values.dtype}")
-
-
-def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: expected a number; got {type(value).__name__}")
-
-
-def _check_range(data_range: Any) -> None:
-    _check_number("data_range", data_range)
-    if not 0 < data_range < math.inf:
-        raise ValueError(f"data_range: expected a positive number; got {data_range!r}")

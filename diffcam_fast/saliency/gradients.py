@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from diffcam_fast.explain.checks import check_images, check_logits
 from diffcam_fast.explain.classes import classes_for, parse_classes
 from diffcam_fast.explain.evaluation import autocast_off, evaluating
 from diffcam_fast.explain.targets import Logit, Target, TargetFunction, check_target, score
+from diffcam_fast.ops.arguments import check_integer
 from diffcam_fast.reference.cam import accumulation_dtype
 
 
@@ -130,10 +130,7 @@ def pulled_back(
     target = check_target(target)
     if isinstance(target, Target) and target.targets_per_class != 1:
         raise ValueError(f"target: expected one with one score a class; got {target}")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, Integral):
-        raise TypeError(f"chunk_size: expected an integer; got {type(chunk_size).__name__}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1; got {chunk_size}")
+    check_integer("chunk_size", chunk_size, least=1)
     single = classes is None or np.ndim(classes) < 2
     requested = parse_classes(classes, len(images))
     with evaluating(model):

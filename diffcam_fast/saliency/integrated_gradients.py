@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +14,7 @@ from diffcam_fast.explain.checks import check_images, check_logits
 from diffcam_fast.explain.classes import classes_for, parse_classes
 from diffcam_fast.explain.evaluation import evaluating
 from diffcam_fast.explain.targets import LogitDifference, Target, TargetFunction, check_target, score
+from diffcam_fast.ops.arguments import check_integer
 from diffcam_fast.reference.cam import accumulation_dtype
 
 QUADRATURES = ("gausslegendre", "riemann_left", "riemann_middle", "riemann_right", "riemann_trapezoid")
@@ -90,8 +90,8 @@ def integrated_gradients(
     target = check_target(target)
     if isinstance(target, Target) and target.targets_per_class != 1:
         raise ValueError(f"target: expected one with one score a class; got {target}")
-    _check_count("steps", steps, 2)
-    _check_count("batch_size", batch_size, 1)
+    check_integer("steps", steps, least=2)
+    check_integer("batch_size", batch_size, least=1)
     if quadrature not in QUADRATURES:
         raise ValueError(f"quadrature: expected one of {', '.join(QUADRATURES)}; got {quadrature!r}")
     single = classes is None or np.ndim(classes) < 2
@@ -176,10 +176,3 @@ def _captum() -> Any:
         return importlib.import_module("captum.attr")
     except ImportError as error:
         raise ImportError("integrated gradients need captum: pip install 'diffcam_fast[saliency]'") from error
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an integer; got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}; got {value}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffcam_fast.ops.arguments import check_number
 from diffcam_fast.reference.cam import accumulation_dtype
 
 
@@ -32,8 +32,7 @@ def filter_similarity(a: Tensor, b: Tensor, *, threshold: float = 0.0) -> Tensor
             threshold out of range.
     """
     a, b = _pair(a, b)
-    if isinstance(threshold, bool) or not isinstance(threshold, Real):
-        raise TypeError(f"threshold: expected a number; got {type(threshold).__name__}")
+    check_number("threshold", threshold)
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold: expected 0 to less than 1; got {threshold!r}")
     filters = [values > threshold * values.amax(1, keepdim=True).clamp_min(0) for values in (a, b)]

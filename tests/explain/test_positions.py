@@ -52,7 +52,7 @@ def test_tokens_that_do_not_fit(arguments: Any, shape: tuple[int, ...], message:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((-1,), ValueError, "prefix_tokens: expected 0 or more; got -1"),
+        ((-1,), ValueError, "prefix_tokens: expected at least 0; got -1"),
         ((1.0,), TypeError, "prefix_tokens: expected an integer; got float"),
         ((1, 7), TypeError, "size: expected a tuple of integers; got 7"),
         ((1, "77"), TypeError, "size: expected a tuple of integers; got '77'"),

@@ -321,7 +321,7 @@ class Own(Target):
         ({"loss": HOAX}, TypeError, "loss: expected a MapLoss, such as HoaxLoss.*; got SalienceHoax"),
         ({"attacked": Logit}, TypeError, r"expected an instance; got the class Logit; write Logit\(\)"),
         ({"method": "cam"}, ValueError, "method: expected one of gradcam.*; got 'cam'"),
-        ({"strength": -1}, ValueError, "strength: expected a number from 0; got -1"),
+        ({"strength": -1}, ValueError, "strength: expected at least 0; got -1"),
         ({"strength": "much"}, TypeError, "strength: expected a number; got str"),
         ({"optimizer": 0.1}, TypeError, "optimizer: expected a function of parameters or None; got float"),
         ({"optimizer": lambda parameters: None}, TypeError, "optimizer: expected the function to return an optimizer"),
@@ -380,7 +380,7 @@ def test_what_does_not_go_together(small: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("loader", "steps", "error", "message"),
     [
-        ([_batch()], -1, ValueError, "steps: expected 0 or more; got -1"),
+        ([_batch()], -1, ValueError, "steps: expected at least 0; got -1"),
         ([_batch()], 1.5, TypeError, "steps: expected an integer; got float"),
         ([], 1, ValueError, "loader: expected batches at every pass"),
         (iter([_batch()]), 2, ValueError, "loader: expected batches at every pass through it; got none"),

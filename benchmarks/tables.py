@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks import environment
 from benchmarks.report import Column, Row, Table, table_lines
+from benchmarks.studies import STUDIES
+from benchmarks.studies.report import VERDICTS
 from diffcam_fast.benchmark import peers
 
 README = environment.ROOT / "README.md"
@@ -98,7 +100,25 @@ def bars(content: Content) -> list[str]:
     return lines
 
 
-TABLES: dict[str, Callable[[Content], list[str]]] = {"cam": cam, "end_to_end": end_to_end, "compat": compat}
+def studies(contents: Content) -> list[str]:
+    """For each study how many of the claims put to the test held."""
+    rows: list[Row] = []
+    for name in STUDIES:
+        if name in contents:
+            content = contents[name]
+            verdicts = [claim["holds"] for claim in content["claims"]]
+            row: Row = {"study": f"`{name}`", "title": content["title"], "minutes": content["duration_s"] / 60}
+            rows.append(row | {word: verdicts.count(holds) for holds, word in VERDICTS.items()})
+    columns = [Column("study", "study"), Column("", "title"), Column("minutes", "minutes", ".0f")]
+    return table_lines(Table("", rows, [*columns, *(Column(word, word, "d") for word in VERDICTS.values())]))
+
+
+TABLES: dict[str, Callable[[Content], list[str]]] = {
+    "cam": cam,
+    "end_to_end": end_to_end,
+    "compat": compat,
+    "studies": studies,
+}
 """By the benchmark whose results they show. Its limits: the name with "bars" behind it, for any benchmark."""
 
 
@@ -118,11 +138,19 @@ def render(text: str, folder: Path = environment.RESULTS) -> str:
         make = bars if kind == "bars" else TABLES.get(name) if not kind else None
         if make is None:
             raise ValueError(f"results: expected {', '.join(TABLES)}, or a benchmark with 'bars'; got {place[2]!r}")
-        path = folder / f"{name}.json"
-        lines = make(json.loads(path.read_text())) if path.is_file() else []
+        content = _results(folder / name)
+        lines = make(content) if content else []
         return place[1] + "".join(f"{line}\n" for line in lines) + place[3]
 
     return _PLACE.sub(filled, text)
+
+
+def _results(path: Path) -> Content:
+    """A result, or all that a folder holds by name; nothing where there is none."""
+    if path.is_dir():
+        return {file.stem: json.loads(file.read_text()) for file in path.glob("*.json")}
+    file = path.with_suffix(".json")
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

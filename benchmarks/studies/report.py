@@ -1,8 +1,8 @@
-"""One self-contained HTML page of every study whose results lie in a folder.
+"""One page of every study whose results lie in a folder: HTML that holds its pictures, and Markdown that links to them.
 
     python -m benchmarks.studies.report FOLDER
 
-The page holds its pictures, loads nothing and runs nothing. What comes out of files is escaped.
+The HTML page loads nothing and runs nothing. What comes out of files is escaped.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from diffcam_fast.benchmark import machine
 from diffcam_fast.models.files import write_atomically
 
 PAGE = "report.html"
+SUMMARY = "report.md"
 VERDICTS = {True: "holds", False: "does not hold", None: "cannot be told"}
 
 _PICTURE = re.compile(r"[a-z0-9_-]+\.png")
+_TABLE = re.compile(r"[a-z0-9_-]+\.csv")
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_BYTES = 16 * 2**20
 _SHORT = 12
@@ -53,16 +55,17 @@ summary { cursor: pointer; }
 
 
 def write(folder: Path) -> Path:
-    """Make the page from the studies in a folder, and write it there.
+    """Make both pages from the studies in a folder, and write them there; returns the HTML page's path.
 
     Raises:
         ValueError: a file of results is not one, or is larger than 16 MiB.
     """
     studies = sorted((_read(path) for path in sorted(folder.glob("*.json"))), key=_place)
-    path = folder / PAGE
+    pages = {PAGE: page(studies, folder), SUMMARY: summary(studies)}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page(studies, folder).encode())
-    return path
+    for name, text in pages.items():
+        write_atomically(folder / name, text.encode())
+    return folder / PAGE
 
 
 def page(studies: list[dict[str, Any]], folder: Path) -> str:
@@ -79,31 +82,51 @@ def page(studies: list[dict[str, Any]], folder: Path) -> str:
     )
 
 
+def summary(studies: list[dict[str, Any]]) -> str:
+    """What came out, in Markdown, with links to the pictures and tables beside it."""
+    lines = ["# How far explanations can be trusted"]
+    for study in studies:
+        lines += ["", f"## {escape(study['title'])}", "", escape(study["question"]), "", _origin(study), ""]
+        for claim in study["claims"]:
+            said, found = (escape(claim[part]) for part in ("says", "found"))
+            lines.append(f"- **{VERDICTS[claim['holds']]}:** {said} {found}")
+        for figure in study["figures"]:
+            lines += ["", f"![{escape(figure['title'])}]({_picture(figure)})", "", escape(figure["caption"])]
+        files = ", ".join(f"[{escape(table['title'])}]({_named(table, _TABLE)})" for table in study["tables"])
+        lines += ["", f"Tables: {files}"]
+    return "\n".join(lines) + "\n"
+
+
 def _place(study: dict[str, Any]) -> int:
     return STUDIES.index(study["study"]) if study["study"] in STUDIES else len(STUDIES)
 
 
 def _section(study: dict[str, Any], folder: Path) -> str:
-    settings, environment = study["settings"], study["environment"]
-    network = f", network {settings['network']}" if settings["network"] else ""
     parts = [
         f'<section id="{escape(study["study"])}">',
         f"<h2>{escape(study['title'])}</h2>",
         f"<p>{escape(study['question'])}</p>",
     ]
-    if settings["size"] == "quick":
+    if study["settings"]["size"] == "quick":
         parts.append('<p class="quick">Quick size: it shows that the study runs; its figures mean little.</p>')
-    parts.append(
-        f'<p class="origin"><code>{escape(environment["command"])}</code>, {escape(environment["date"])}, seed '
-        f"{settings['seed']}{escape(network)}, {study['duration_s']:.0f} s on {escape(settings['device'])}. Commit: "
-        f"{escape(machine.commit_line(environment))}. {escape(machine.one_line(environment))}.</p>"
-    )
+    parts.append(f'<p class="origin">{_origin(study)}</p>')
     if study["claims"]:
         parts += ["<h3>What came out</h3>", "<ul>", *(_claim(claim) for claim in study["claims"]), "</ul>"]
     parts += [_figure(figure, folder) for figure in study["figures"]]
     parts += [_table(table) for table in study["tables"]]
     parts.append("</section>")
     return "\n".join(parts)
+
+
+def _origin(study: dict[str, Any]) -> str:
+    """Where the results come from, as HTML."""
+    settings, environment = study["settings"], study["environment"]
+    network = f", network {settings['network']}" if settings["network"] else ""
+    return (
+        f"<code>{escape(environment['command'])}</code>, {escape(environment['date'])}, seed {settings['seed']}"
+        f"{escape(network)}, {settings['size']} size, {study['duration_s']:.0f} s on {escape(settings['device'])}. "
+        f"Commit: {escape(machine.commit_line(environment))}. {escape(machine.one_line(environment))}."
+    )
 
 
 def _claim(claim: dict[str, Any]) -> str:
@@ -113,9 +136,7 @@ def _claim(claim: dict[str, Any]) -> str:
 
 
 def _figure(figure: dict[str, Any], folder: Path) -> str:
-    name = figure["file"]
-    if not _PICTURE.fullmatch(name):
-        raise ValueError(f"file: got {name!r}; expected the name of a PNG file beside the results")
+    name = _picture(figure)
     data = _content(folder / name)
     if not data.startswith(_SIGNATURE):
         raise ValueError(f"{name}: not a PNG file")
@@ -125,6 +146,17 @@ def _figure(figure: dict[str, Any], folder: Path) -> str:
         f'<figure><img src="{source}" alt="{escape(figure["title"])}">'
         f"<figcaption>{escape(figure['caption'])}</figcaption></figure>"
     )
+
+
+def _picture(figure: dict[str, Any]) -> str:
+    return _named(figure, _PICTURE)
+
+
+def _named(part: dict[str, Any], names: re.Pattern[str]) -> str:
+    name = part["file"]
+    if not isinstance(name, str) or not names.fullmatch(name):
+        raise ValueError(f"file: got {name!r}; expected the name of a PNG or CSV file beside the results")
+    return name
 
 
 def _table(table: dict[str, Any]) -> str:

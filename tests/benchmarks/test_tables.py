@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def test_results_fill_their_places(tmp_path: Path) -> None:
     limits = tables.render("<!-- results: end_to_end bars -->\n<!-- end -->", tmp_path)
     assert "- one class, pooled heads, batch 1: at most 1.03 times inference: **missed in 1 of 1 rows**\n" in limits
     assert "- less than torchcam: kept in all 2 rows\n" in limits
+
+
+def test_studies_are_counted_by_their_verdicts(tmp_path: Path) -> None:
+    (tmp_path / "studies").mkdir()
+    content = {"title": "Fooled?", "duration_s": 150.0, "claims": [{"holds": holds} for holds in (True, False, False)]}
+    (tmp_path / "studies" / "fooling.json").write_text(json.dumps(content))
+    text = tables.render("<!-- results: studies -->\n<!-- end -->", tmp_path)
+    assert "| study |  | minutes | holds | does not hold | cannot be told |" in text
+    assert "| `fooling` | Fooled? | 2 | 1 | 2 | 0 |" in text
 
 
 def test_a_place_for_no_table_is_refused() -> None:

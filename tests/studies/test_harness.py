@@ -110,11 +110,21 @@ def test_page_escapes_everything_and_loads_nothing(tmp_path: Path) -> None:
     assert [text.count(f">{verdict}</span>") for verdict in report.VERDICTS.values()] == [1, 1, 1]
 
 
+def test_summary_links_to_what_lies_beside_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    report.write(tmp_path)
+    text = (tmp_path / report.SUMMARY).read_text()
+    assert "- **does not hold:** It &lt;does not&gt;. 0.1\n" in text
+    assert "![A figure](example-curve.png)" in text and "[A table](example-main.csv)" in text
+    assert "<script" not in text and "quick size" in text
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda content: content["figures"][0].update(file="../secret.png"), "expected the name of a PNG"),
         (lambda content: content["figures"][0].update(file="example-main.png"), "not a PNG"),
+        (lambda content: content["tables"][0].update(file="../../secret.csv"), "expected the name of a PNG or CSV"),
         (lambda content: content.pop("claims"), "not the results of a study"),
     ],
 )

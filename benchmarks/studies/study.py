@@ -191,8 +191,11 @@ def _png(figure: Drawing) -> bytes:
     drawn, picture = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
     # As many colours as fit into a byte, dithered: half the size, and photos still look like photos.
+    # White is kept for the ground: dithering it would show.
     colours = Image.open(drawn).convert("RGB")
-    colours.quantize(palette=colours.quantize(_COLOURS)).save(picture, format="png", optimize=True)
+    reduced = colours.quantize(_COLOURS - 1)
+    reduced.putpalette([*(reduced.getpalette() or [])[: 3 * (_COLOURS - 1)], 255, 255, 255])
+    colours.quantize(palette=reduced).save(picture, format="png", optimize=True)
     return picture.getvalue()
 
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from diffcam_fast.benchmark.report import as_csv
@@ -191,11 +192,15 @@ def _png(figure: Drawing) -> bytes:
     drawn, picture = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", dpi=_DOTS_PER_INCH, bbox_inches="tight")
     # As many colours as fit into a byte, dithered: half the size, and photos still look like photos.
-    # White is kept for the ground: dithering it would show.
     colours = Image.open(drawn).convert("RGB")
-    reduced = colours.quantize(_COLOURS - 1)
-    reduced.putpalette([*(reduced.getpalette() or [])[: 3 * (_COLOURS - 1)], 255, 255, 255])
-    colours.quantize(palette=reduced).save(picture, format="png", optimize=True)
+    palette = colours.quantize(_COLOURS - 1)
+    reduced = np.array(colours.quantize(palette=palette))
+    # Dithered white would look like dust.
+    reduced[(np.asarray(colours) == 255).all(2)] = _COLOURS - 1
+    indexed = Image.fromarray(reduced, "P")
+    entries = [*(palette.getpalette() or []), *[0] * (3 * _COLOURS)]
+    indexed.putpalette([*entries[: 3 * (_COLOURS - 1)], 255, 255, 255])
+    indexed.save(picture, format="png", optimize=True)
     return picture.getvalue()
 
 

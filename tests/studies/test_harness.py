@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure as Drawing
+from PIL import Image
 from scipy import stats
 
 from benchmarks.studies import __main__ as command
@@ -86,6 +88,18 @@ def test_files_hold_what_was_found(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["example-curve.png", "example-main.csv", "example.json"]
 
 
+def test_pictures_of_few_and_of_many_colours_keep_white_and_what_is_drawn() -> None:
+    noise = np.random.default_rng(0).random((64, 64, 3))
+    few, many = Drawing(figsize=(2, 1)), Drawing(figsize=(2, 1))
+    few.add_subplot().axhspan(0, 1, color="#ff0000")
+    many.add_subplot().imshow(noise)
+    for figure in (few, many):
+        pixels = np.asarray(Image.open(io.BytesIO(study._png(figure))).convert("RGB")).astype(int)
+        assert (pixels[0, 0] == 255).all()
+        assert (figure is few) == (np.abs(pixels - [255, 0, 0]).sum(2) < 8).any()
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) <= 256
+
+
 @pytest.mark.parametrize("name", ["../evil", "Upper", "a b", ""])
 def test_names_that_could_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="name: got"):
@@ -153,8 +167,6 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     )
     # As the browser understood it: one picture, one row a row, and the script is text.
     assert done.stdout.count("<img") == 1 and done.stdout.count("<tr>") == 3 and "<script" not in done.stdout
-    from PIL import Image
-
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB"))
     colours = {tuple(colour) for colour in pixels.reshape(-1, 3)[::7]}
     # The marks of the verdicts, and the figure's ground.

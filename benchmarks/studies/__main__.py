@@ -20,9 +20,16 @@ RESULTS = environment.RESULTS / "studies"
 QUICK_RESULTS = environment.ROOT / "studies"
 CACHE = environment.ROOT / ".cache" / "studies"
 
+REFUSED = 75
+"""Exit code where nothing was wrong but that no registry served what a study needs (EX_TEMPFAIL of sysexits.h)."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the studies that the arguments name, all without any; 0 when each has results."""
+    """Run the studies that the arguments name, all without any.
+
+    Returns:
+        The exit code: 0 when each has results, `REFUSED` when all that is missing could not be fetched, else 1.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(STUDIES)}; default: all")
     parser.add_argument("--quick", action="store_true", help="a small size of less than three minutes a study")
@@ -55,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 findings = module.run(settings)
         except (FetchRefusedError, HashMismatchError, ImportError) as error:
             print(f"{name}: no results: {error}", file=sys.stderr)
-            status = 1
+            status = REFUSED if isinstance(error, FetchRefusedError) and status in (0, REFUSED) else 1
             continue
         duration = time.monotonic() - started
         study.write(module, findings, settings, origin, duration, folder)

@@ -179,12 +179,22 @@ def test_command_goes_on_after_a_refused_fetch(tmp_path: Path, monkeypatch, caps
     modules = {"benchmarks.studies.fooling": refused, "benchmarks.studies.adversarial": Example(findings())}
     monkeypatch.setattr(command.importlib, "import_module", modules.__getitem__)
     before = torch.get_rng_state()
-    assert command.main(["fooling", "adversarial", "--quick", "--output", str(tmp_path)]) == 1
+    assert command.main(["fooling", "adversarial", "--quick", "--output", str(tmp_path)]) == command.REFUSED
     assert torch.equal(before, torch.get_rng_state())
     printed = capsys.readouterr()
     assert "fooling: no results: not offered" in printed.err
     assert "does not hold: It <does not>. 0.1" in printed.out
     assert (tmp_path / "example.json").is_file() and (tmp_path / report.PAGE).is_file()
+
+
+def test_a_study_that_lacks_a_package_is_an_error(tmp_path: Path, monkeypatch, capsys) -> None:
+    refused, broken = Example(findings()), Example(findings())
+    refused.run = lambda given: (_ for _ in ()).throw(FetchRefusedError("not offered"))
+    broken.run = lambda given: (_ for _ in ()).throw(ImportError("no such package"))
+    modules = {"benchmarks.studies.fooling": broken, "benchmarks.studies.adversarial": refused}
+    monkeypatch.setattr(command.importlib, "import_module", modules.__getitem__)
+    assert command.main(["fooling", "adversarial", "--quick", "--output", str(tmp_path)]) == 1
+    assert "fooling: no results: no such package" in capsys.readouterr().err
 
 
 def test_command_refuses_what_it_does_not_know(capsys) -> None:

@@ -86,12 +86,25 @@ def summary(studies: list[dict[str, Any]]) -> str:
     """What came out, in Markdown, with links to the pictures and tables beside it."""
     lines = ["# How far explanations can be trusted"]
     for study in studies:
-        lines += ["", f"## {escape(study['title'])}", "", escape(study["question"]), "", _origin(study), ""]
+        lines += [
+            "",
+            f"## {escape(study['title'])}",
+            "",
+            escape(study["question"], quote=False),
+            "",
+            _origin(study),
+            "",
+        ]
         for claim in study["claims"]:
-            said, found = (escape(claim[part]) for part in ("says", "found"))
+            said, found = (escape(claim[part], quote=False) for part in ("says", "found"))
             lines.append(f"- **{VERDICTS[claim['holds']]}:** {said} {found}")
         for figure in study["figures"]:
-            lines += ["", f"![{escape(figure['title'])}]({_picture(figure)})", "", escape(figure["caption"])]
+            lines += [
+                "",
+                f"![{escape(figure['title'])}]({_picture(figure)})",
+                "",
+                escape(figure["caption"], quote=False),
+            ]
         files = ", ".join(f"[{escape(table['title'])}]({_named(table, _TABLE)})" for table in study["tables"])
         lines += ["", f"Tables: {files}"]
     return "\n".join(lines) + "\n"

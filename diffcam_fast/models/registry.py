@@ -7,8 +7,10 @@ page and reading it are done by this module.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,9 +66,22 @@ def fetch_archive(project: str, filename: str, size: int, *, progress: bool = Tr
     raise FetchRefusedError(f"{filename} could not be fetched ({listing})")
 
 
+def _import_pip() -> None:
+    # Before Python 3.12 setuptools, where it is, watches for pip and hands distutils back to the standard library for
+    # good when that is imported: setuptools itself cannot be imported any more, and torch.compile needs it.
+    watching = [finder for finder in sys.meta_path if type(finder).__module__ == "_distutils_hack"]
+    for finder in watching:
+        sys.meta_path.remove(finder)
+    try:
+        importlib.import_module("pip")
+    finally:
+        sys.meta_path[:0] = watching
+
+
 @contextmanager
 def _sources() -> Iterator[_Sources]:
     try:
+        _import_pip()
         from pip._internal.commands import create_command
     except ImportError as error:
         raise ImportError("fetching sample photos needs pip in this environment: python -m ensurepip") from error

@@ -8,6 +8,8 @@ import http.server
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -265,3 +267,21 @@ def test_the_command(tmp_path, pip_configuration, capsys):
     assert samples.main([str(tmp_path / "photos")]) == 0
     assert "2 sample photos" in capsys.readouterr().out
     assert not os.path.exists("ran")
+
+
+def test_setuptools_can_be_imported_after_pip_was_used() -> None:
+    """torch.compile imports it, and before Python 3.12 it does not put up with the standard library's distutils."""
+    code = (
+        "from diffcam_fast.models.registry import FetchRefusedError, fetch_archive\n"
+        "try:\n    fetch_archive('no-such-package', 'no-such-file.whl', 1, progress=False)\n"
+        "except FetchRefusedError:\n    print('refused')\n"
+        "import setuptools, distutils.core\nprint(distutils.core.__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["refused", "distutils.core"]

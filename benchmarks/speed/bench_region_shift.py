@@ -269,6 +269,7 @@ def report(found: list[Row]) -> Report:
             ),
             Bar("no slower than torchmetrics", "vs_torchmetrics", 1.0),
             Bar("no slower than a convolution", "vs_convolution", 1.0),
+            Bar("maps of all layers: at most 1.02 times the bare forward pass and gradient", "vs_floor", 1.02),
         ],
         label=_label,
     )

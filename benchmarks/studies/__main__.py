@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import environment
 from benchmarks.studies import STUDIES, report, study
+from benchmarks.studies.networks import NetworkError
 from diffcam_fast.models.registry import FetchRefusedError
 from diffcam_fast.models.samples import HashMismatchError
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with torch.random.fork_rng():
                 torch.manual_seed(options.seed)
                 findings = module.run(settings)
-        except (FetchRefusedError, HashMismatchError, ImportError) as error:
+        except (FetchRefusedError, HashMismatchError, NetworkError, ImportError) as error:
             print(f"{name}: no results: {error}", file=sys.stderr)
             status = REFUSED if isinstance(error, FetchRefusedError) and status in (0, REFUSED) else 1
             continue

@@ -42,6 +42,10 @@ class Network:
     bounds: tuple[float, float] = (0.0, 1.0)
 
 
+class NetworkError(ValueError):
+    """There is no network of that name, or it is of no use here."""
+
+
 def load(name: str, cache: Path) -> Network:
     """A network with its real weights, in eval mode, on the CPU, in float32.
 
@@ -51,17 +55,20 @@ def load(name: str, cache: Path) -> Network:
         cache: folder that fetched and fitted weights are kept in.
 
     Raises:
-        ValueError: an unknown name.
+        NetworkError: an unknown name, or a network with other classes.
         FetchRefusedError: the weights are not in the cache, and no registry served them.
         RuntimeError: torchvision's weights could not be downloaded.
         ImportError: a package is missing.
     """
     if name.startswith(_TORCHVISION):
-        network = _torchvision(name)
+        try:
+            network = _torchvision(name)
+        except ValueError as error:
+            raise NetworkError(f"network: {error}") from error
     elif name in _LOADERS:
         network = _LOADERS[name](cache)
     else:
-        raise ValueError(f"network: got {name!r}, expected {', '.join(NAMES)} or {_TORCHVISION}NAME")
+        raise NetworkError(f"network: got {name!r}, expected {', '.join(NAMES)} or {_TORCHVISION}NAME")
     network.model.eval()
     return network
 
@@ -108,7 +115,7 @@ def _torchvision(name: str) -> Network:
 
     loaded = load_model(name)
     if loaded.labels is None:
-        raise ValueError(f"network: {name!r} has other classes than ImageNet's")
+        raise ValueError(f"{name!r} has other classes than ImageNet's")
     preprocessing = loaded.preprocessing
     model = _normalized(loaded.model, preprocessing.mean, preprocessing.std).eval()
     size = preprocessing.size[0]

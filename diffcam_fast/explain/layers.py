@@ -75,6 +75,16 @@ def resolve_layers(model: nn.Module, layers: LayerSpec | Sequence[LayerSpec]) ->
     return found
 
 
+def resolve_layer(model: nn.Module, layer: LayerSpec) -> str:
+    """One layer's name in the model.
+
+    Raises:
+        TypeError: not a name or a module.
+        ValueError: the layer is not part of the model.
+    """
+    return _name_of(dict(model.named_modules(remove_duplicate=False)), layer, "layer")
+
+
 def _as_list(layers: Any) -> list[Any]:
     # nn.Sequential and nn.ModuleList are modules, hence layers themselves and not lists of layers.
     if not isinstance(layers, Sequence):
@@ -84,15 +94,16 @@ def _as_list(layers: Any) -> list[Any]:
     return list(layers)
 
 
-def _name_of(by_name: dict[str, nn.Module], layer: Any) -> str:
+def _name_of(by_name: dict[str, nn.Module], layer: Any, argument: str = "layers") -> str:
     if isinstance(layer, nn.Module):
         layer = unwrapped(layer)
         for name, module in by_name.items():
             if module is layer:
                 return name
-        raise ValueError(f"layers: expected a module of the model; got a {type(layer).__name__} that is not part of it")
+        kind = type(layer).__name__
+        raise ValueError(f"{argument}: expected a module of the model; got a {kind} that is not part of it")
     if not isinstance(layer, str):
-        raise TypeError(f"layers: expected a module or a dotted name; got {type(layer).__name__}")
+        raise TypeError(f"{argument}: expected a module or a dotted name; got {type(layer).__name__}")
     plain = layer
     for prefix in ("module.", "_orig_mod."):
         if plain not in by_name:
@@ -103,7 +114,8 @@ def _name_of(by_name: dict[str, nn.Module], layer: Any) -> str:
     top = [name for name in by_name if name and "." not in name]
     known = ", ".join(repr(name) for name in close or top[:_SHOWN_NAMES])
     more = ", ..." if not close and len(top) > _SHOWN_NAMES else ""
-    raise ValueError(f"layers: the model has no layer {layer!r}; {'close names' if close else 'it has'}: {known}{more}")
+    which = "close names" if close else "it has"
+    raise ValueError(f"{argument}: the model has no layer {layer!r}; {which}: {known}{more}")
 
 
 @dataclass

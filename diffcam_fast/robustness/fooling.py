@@ -16,7 +16,7 @@ from diffcam_fast.explain import Explainer, Logit, Target
 from diffcam_fast.explain.capture import ordinary
 from diffcam_fast.explain.checks import check_images
 from diffcam_fast.explain.classes import classes_for, parse_classes
-from diffcam_fast.explain.layers import LayerSpec, resolve_layers, unwrapped
+from diffcam_fast.explain.layers import LayerSpec, resolve_layer, unwrapped
 from diffcam_fast.explain.targets import TargetFunction, check_target
 from diffcam_fast.ops.arguments import check_integer, check_number
 from diffcam_fast.reference.cam import METHODS
@@ -94,8 +94,6 @@ class PassiveFooling:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-        if not isinstance(layer, str | nn.Module):
-            raise TypeError(f"layer: expected a module or a dotted name; got {type(layer).__name__}")
         if not isinstance(loss, MapLoss):
             raise TypeError(f"loss: expected a MapLoss, such as HoaxLoss(...); got {type(loss).__name__}")
         if method not in METHODS:
@@ -104,7 +102,7 @@ class PassiveFooling:
         if optimizer is not None and not callable(optimizer):
             raise TypeError(f"optimizer: expected a function of parameters or None; got {type(optimizer).__name__}")
         self.original = unwrapped(model)
-        (self.layer,) = resolve_layers(self.original, layer)
+        self.layer = resolve_layer(self.original, layer)
         self.loss = loss
         self.attacked = check_target(attacked)
         self.method = method

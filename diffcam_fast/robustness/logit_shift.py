@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffcam_fast.explain.capture import LayerHooks
 from diffcam_fast.explain.checks import check_logits
-from diffcam_fast.explain.layers import LayerSpec, resolve_layers, unwrapped
+from diffcam_fast.explain.layers import LayerSpec, resolve_layer, unwrapped
 from diffcam_fast.ops.arguments import check_number
 from diffcam_fast.reference.cam import accumulation_dtype
 
@@ -127,14 +127,12 @@ def shift_logits(model: nn.Module, layer: LayerSpec, shift: Shift) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
-    if not isinstance(layer, str | nn.Module):
-        raise TypeError(f"layer: expected a module or its dotted name; got {type(layer).__name__}")
     if isinstance(shift, type) or not callable(shift):
         raise TypeError(f"shift: expected a function of the layer's output; got {shift!r}")
     model = unwrapped(model)
     if layer is model or layer == "":
         raise ValueError("layer: expected a layer within the model; got the model itself")
-    (name,) = resolve_layers(model, layer)
+    name = resolve_layer(model, layer)
     shifted = copy.deepcopy(model)
     added = _AddedShift(name, shift)
     shifted.register_forward_pre_hook(added.before)

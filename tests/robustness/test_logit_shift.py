@@ -297,8 +297,8 @@ def test_refusals_of_layers() -> None:
     ("call", "error", "message"),
     [
         (lambda n: shift_logits(len, "layer", _squared), TypeError, "model: expected a torch.nn.Module"),
-        (lambda n: shift_logits(n, "latest", _squared), ValueError, "layers: the model has no layer 'latest'"),
-        (lambda n: shift_logits(n, 3, _squared), TypeError, "layer: expected a module or its dotted name; got int"),
+        (lambda n: shift_logits(n, "latest", _squared), ValueError, "layer: the model has no layer 'latest'"),
+        (lambda n: shift_logits(n, 3, _squared), TypeError, "layer: expected a module or a dotted name; got int"),
         (lambda n: shift_logits(n, n, _squared), ValueError, "layer: expected a layer within the model"),
         (lambda n: shift_logits(n, "layer", 3.0), TypeError, "shift: expected a function"),
         (lambda n: shift_logits(n, "layer", CornerSum), TypeError, "shift: expected a function"),

@@ -227,3 +227,10 @@ def test_seeds_repeat() -> None:
 
 def test_track_hands_on_every_item() -> None:
     assert list(settings().track(range(3), "counting")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("network", ["bogus", "torchvision:nosuch"])
+def test_command_says_which_network_there_is_not(tmp_path: Path, capsys, network: str) -> None:
+    pytest.importorskip("tests.helpers.torchvision_cpu")
+    assert command.main(["logit_shift", "--quick", "--network", network, "--output", str(tmp_path)]) == 1
+    assert "logit_shift: no results: network: " in capsys.readouterr().err

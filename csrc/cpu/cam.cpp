@@ -22,6 +22,7 @@ constexpr int64_t kFetchedRow = 768;          // bytes of the shortest plane for
 constexpr int64_t kBlockBytes = 6 << 10;      // gradients and activations with short planes take turns
 constexpr int64_t kTaskBytes = 128 << 10;     // an image is not split into less
 constexpr int64_t kTasks = 16;                // an image is split until there are so many tasks
+constexpr int64_t kImagesPerWorker = 2;       // with so many, a task is an image
 
 int64_t power_of_two_at_most(int64_t x) {
     int64_t power = 1;
@@ -309,52 +310,74 @@ class Cam {
         return part == parts ? shape_.channels : shape_.channels * part / parts / 16 * 16;
     }
 
-    // Channels are next to each other and few: tasks are images, groups of targets and parts of the
-    // positions. Sums over positions are made in parts, added up, and then every part of a map is complete in
-    // itself.
+    // Channels are next to each other and few. Sums over positions are made in parts, added up, and then every
+    // part of a map is complete in itself. Where images are many, a task is an image, and what is read twice
+    // comes from a cache the second time. Otherwise tasks are parts, of all images, one step after the other.
     void run_positions(int64_t parts) {
-        const int64_t channels = shape_.channels, pairs = shape_.images * shape_.targets;
-        const auto begin = [&](int64_t part) { return positions_ * part / parts; };
-        const auto for_parts = [&](auto&& body) {
+        const auto run_part = [&](int64_t n, int64_t group, int64_t part, auto&& body) {
+            const int64_t t0 = group * group_, begin = positions_ * part / parts;
+            body(n, t0, std::min(t0 + group_, shape_.targets), part, begin,
+                 positions_ * (part + 1) / parts - begin);
+        };
+        const auto in_parallel = [&](auto&& body) {
             run_tasks(parallel_, workers_, shape_.images * parts * groups_, [&](int64_t, int64_t task) {
-                const int64_t group = task % groups_, part = task / groups_ % parts,
-                              n = task / groups_ / parts;
-                const int64_t t0 = group * group_, t1 = std::min(t0 + group_, shape_.targets);
-                body(n, t0, t1, part, begin(part), begin(part + 1) - begin(part));
+                run_part(task / groups_ / parts, task % groups_, task / groups_ % parts, body);
             });
         };
-        const auto tile = [&](const CamSource& source, int64_t n, int64_t t, int64_t s) {
-            return tile_of(source, source.at(n, t, 0) + s * source.position * source.bytes);
-        };
         if (products_) {
-            for_parts([&](int64_t n, int64_t t0, int64_t t1, int64_t, int64_t s, int64_t length) {
+            in_parallel([&](int64_t n, int64_t t0, int64_t t1, int64_t, int64_t s, int64_t length) {
                 for (int64_t t = t0; t < t1; ++t)
-                    kernels_->product_map(method_, tile(activations_, n, 0, s), tile(gradients_, n, t, s),
-                                          channels, length, false,
+                    kernels_->product_map(method_, part_of(activations_, n, 0, s), part_of(gradients_, n, t, s),
+                                          shape_.channels, length, false,
                                           maps_ + (n * shape_.targets + t) * positions_ + s);
             });
             return finish_all(nullptr, 0);
         }
-        Scratch<T> weights(pairs * parts * channels);
-        Scratch<T> activation_sums(sums_activations_ ? shape_.images * parts * channels : 0);
+        Scratch<T> weights(shape_.images * shape_.targets * parts * shape_.channels);
+        Scratch<T> activation_sums(sums_activations_ ? shape_.images * parts * shape_.channels : 0);
+        const PartSums sums = {weights.get(), activation_sums.get(), parts};
+        if (shape_.images >= kImagesPerWorker * workers_) {
+            run_tasks(parallel_, workers_, shape_.images, [&](int64_t, int64_t n) {
+                add_positions(sums, n, n + 1, [&](auto&& body) {
+                    for (int64_t part = 0; part < parts; ++part)
+                        for (int64_t group = 0; group < groups_; ++group) run_part(n, group, part, body);
+                });
+            });
+        } else {
+            add_positions(sums, 0, shape_.images, in_parallel);
+        }
+        finish_all(nullptr, 0);
+    }
+
+    // Sums of parts of the positions: of image n, part p and channel c at (n * parts + p) * channels + c, and
+    // likewise for each target of an image.
+    struct PartSums {
+        T *weights, *activation_sums;
+        int64_t parts;
+    };
+
+    // The maps of images [first, last). for_parts calls its argument for each of their groups and parts.
+    template <typename ForParts>
+    void add_positions(const PartSums& sums, int64_t first, int64_t last, ForParts&& for_parts) {
+        const int64_t channels = shape_.channels, parts = sums.parts;
         const auto activation_sum = [&](int64_t n, int64_t part) {
-            return activation_sums.get() + (n * parts + part) * channels;
+            return sums.activation_sums + (n * parts + part) * channels;
         };
         const auto weight = [&](int64_t n, int64_t t, int64_t part) {
-            return weights.get() + ((n * shape_.targets + t) * parts + part) * channels;
+            return sums.weights + ((n * shape_.targets + t) * parts + part) * channels;
         };
-        const auto add_parts = [&](T* sums) {
+        const auto add_parts = [&](T* totals) {
             for (int64_t part = 1; part < parts; ++part)
-                for (int64_t c = 0; c < channels; ++c) sums[c] += sums[part * channels + c];
+                for (int64_t c = 0; c < channels; ++c) totals[c] += totals[part * channels + c];
         };
         if (sums_activations_ && (constant_ || method_ == CamMethod::gradcam_plus_plus)) {
             for_parts([&](int64_t n, int64_t t0, int64_t, int64_t part, int64_t s, int64_t length) {
                 if (t0 > 0) return;
-                const CamTile a = tile(activations_, n, 0, s);
+                const CamTile a = part_of(activations_, n, 0, s);
                 kernels_->channel_sums(CamSum::plain, a, a, nullptr, channels, length, false,
                                        activation_sum(n, part), nullptr);
             });
-            for (int64_t n = 0; n < shape_.images; ++n) add_parts(activation_sum(n, 0));
+            for (int64_t n = first; n < last; ++n) add_parts(activation_sum(n, 0));
         }
         if (!constant_) {
             const CamSum kind = method_ == CamMethod::xgradcam  ? CamSum::product
@@ -363,16 +386,16 @@ class Cam {
             for_parts([&](int64_t n, int64_t t0, int64_t t1, int64_t part, int64_t s, int64_t length) {
                 for (int64_t t = t0; t < t1; ++t) {
                     T* plain = t == 0 ? activation_sum(n, part) : nullptr;
-                    const CamTile g = tile(gradients_, n, t, s);
-                    const CamTile x = kind == CamSum::product ? tile(activations_, n, 0, s) : g;
+                    const CamTile g = part_of(gradients_, n, t, s);
+                    const CamTile x = kind == CamSum::product ? part_of(activations_, n, 0, s) : g;
                     kernels_->channel_sums(kind, x, g, activation_sum(n, 0), channels, length, false,
                                            weight(n, t, part), plain);
                 }
             });
             if (kind == CamSum::product)
-                for (int64_t n = 0; n < shape_.images; ++n) add_parts(activation_sum(n, 0));
+                for (int64_t n = first; n < last; ++n) add_parts(activation_sum(n, 0));
         }
-        for (int64_t n = 0; n < shape_.images; ++n) {
+        for (int64_t n = first; n < last; ++n) {
             for (int64_t t = 0; t < shape_.targets; ++t) {
                 T* w = weight(n, t, 0);
                 if (constant_)
@@ -383,11 +406,14 @@ class Cam {
             }
         }
         for_parts([&](int64_t n, int64_t t0, int64_t t1, int64_t, int64_t s, int64_t length) {
-            kernels_->weighted_maps(tile(activations_, n, 0, s), weight(n, t0, 0), parts * channels, t1 - t0,
+            kernels_->weighted_maps(part_of(activations_, n, 0, s), weight(n, t0, 0), parts * channels, t1 - t0,
                                     method_ == CamMethod::elementwise, channels, length, false,
                                     maps_ + (n * shape_.targets + t0) * positions_ + s, positions_);
         });
-        finish_all(nullptr, 0);
+    }
+
+    CamTile part_of(const CamSource& source, int64_t n, int64_t t, int64_t s) const {
+        return tile_of(source, source.at(n, t, 0) + s * source.position * source.bytes);
     }
 
     const CamShape shape_;

@@ -177,7 +177,7 @@ def test_sizes_of_real_networks(cpu_backend: str, shape: tuple[int, ...], layout
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (5, 67, 13, 11), (2, 8, 64, 64), (13, 1030, 7, 7)])
+@pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (5, 67, 13, 11), (2, 8, 64, 64), (5, 24, 50, 61), (13, 1030, 7, 7)])
 def test_same_bits_whatever_the_number_of_threads(layout: str, method: str, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(2)
     activations = LAYOUTS[layout](torch.rand(shape, generator=generator))
@@ -191,6 +191,18 @@ def test_same_bits_whatever_the_number_of_threads(layout: str, method: str, shap
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_targets_of_few_channels(cpu_backend: str, dtype: torch.dtype, method: str, layout: str) -> None:
+    # More targets than are taken at a time, and rows of channels too short to be split.
+    generator = torch.Generator().manual_seed(5)
+    activations = LAYOUTS[layout](torch.rand(3, 24, 33, 41, generator=generator).to(dtype))
+    gradients = _lay_out_targets(torch.randn(3, 17, 24, 33, 41, generator=generator).to(dtype), layout)
+    found = dcf.cam(activations, gradients, method)
+    _assert_agree(found, activations, gradients, (method, True, "minmax", 1e-7))
 
 
 def test_constant_gradients_equal_their_expansion(cpu_backend: str) -> None:

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffcam_fast.explain.finishing import EPS
+from diffcam_fast.explain.finishing import EPS, unchecked_cam
 from diffcam_fast.explain.graph import Tail
 from diffcam_fast.explain.head import FEW, LinearHead
 from diffcam_fast.explain.pull_back import pull_back
 from diffcam_fast.explain.shared import SharedScores
 from diffcam_fast.explain.targets import Logit, Scores, Target, TargetFunction, score
-from diffcam_fast.ops.cam import cam
+from diffcam_fast.ops.cam import DTYPES, cam
 
 
 class Recipe(NamedTuple):
@@ -114,4 +114,7 @@ def maps_of(recipe: Recipe, activations: Tensor, gradient: Tensor) -> Tensor:
     if gradients.dim() == activations.dim() == 3:
         # (N, t, C) could be taken for one gradient (N, C, S) where t = C = S.
         gradients = gradients.unsqueeze(3).expand(*gradients.shape, activations.shape[2])
+    if recipe.reshape is None and activations.dtype in DTYPES and not torch.compiler.is_compiling():
+        # Autograd vouches for the gradient. With many layers the checks would add up.
+        return unchecked_cam(activations, gradients, recipe.method, recipe.relu, recipe.normalize)
     return cam(activations, gradients, recipe.method, relu=recipe.relu, normalize=recipe.normalize, eps=EPS)

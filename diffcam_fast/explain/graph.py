@@ -54,7 +54,9 @@ class Tail:
     """By layer, where there is one."""
 
     def __post_init__(self) -> None:
-        self._reached = _reached(self.logits)
+        # Nothing before the only layer can use what it puts out.
+        only = [layer.edges[0] for layer in self.captured.values()] if len(self.captured) == 1 else [None]
+        self._reached = _reached(self.logits, None if only[0] is None else only[0].node)
         self.pools = {}
         for name, layer in self.captured.items():
             pool = self._pool(layer)
@@ -189,11 +191,11 @@ class _Reached(NamedTuple):
     """Who uses each leaf, by its id."""
 
 
-def _reached(logits: Tensor) -> _Reached | None:
-    """All that a pull-back meets; None where that is much."""
+def _reached(logits: Tensor, end: Node | None) -> _Reached | None:
+    """All that a pull-back meets, as far as a node, where it ends; None where that is much."""
     assert logits.grad_fn is not None
     consumers: dict[_Slot, list[Node]] = {}
-    seen = {logits.grad_fn}
+    seen = {logits.grad_fn} if end is None else {logits.grad_fn, end}
     waiting = [logits.grad_fn]
     while waiting:
         node = waiting.pop()

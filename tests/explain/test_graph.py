@@ -133,13 +133,13 @@ def _kind(explainer: Explainer, images: Tensor, classes: Any, monkeypatch: pytes
     """The explanation, and what it was made from: "head", "pooled" or "all positions"."""
     kinds: list[str] = []
 
-    def noting(activations: Tensor, gradients: Tensor, *args: Any, **options: Any) -> Tensor:
-        kinds.append("pooled" if gradients.dim() == 3 else "all positions")
-        return cam(activations, gradients, *args, **options)
+    def noting(recipe: evidence.Recipe, activations: Tensor, gradient: Tensor) -> Tensor:
+        kinds.append("pooled" if gradient.dim() == 3 else "all positions")
+        return maps_of(recipe, activations, gradient)
 
-    cam, maps = evidence.cam, head.LinearHead.maps
+    maps_of, maps = evidence.maps_of, head.LinearHead.maps
     with monkeypatch.context() as patched:
-        patched.setattr(evidence, "cam", noting)
+        patched.setattr(evidence, "maps_of", noting)
         patched.setattr(head.LinearHead, "maps", lambda *args: kinds.append("head") or maps(*args))
         found = explainer(images, classes)
     (kind,) = set(kinds)

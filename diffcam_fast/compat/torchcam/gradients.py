@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffcam_fast.compat.formulas import channel_weights
 from diffcam_fast.compat.torchcam.methods.core import _CAM, OutputTarget
-from diffcam_fast.compat.torchcam.pulling import pull_back
+from diffcam_fast.compat.torchcam.pulling import LinearHead, pull_back
 from diffcam_fast.compat.torchcam.recording import Pass, Recorded, edge_of, ordinary_mode, record, with_history
 from diffcam_fast.compat.torchcam.scoring import Classes, Scores, Targets
 from diffcam_fast.reference.cam import accumulation_dtype
@@ -44,6 +44,7 @@ class _GradCAM(_CAM):
     ) -> None:
         self._pass: Pass | None = None
         self._keep_history = False
+        self._head = LinearHead()
         self._replaced = self._is_replaced()
         super().__init__(model, target_layer, input_shape, **kwargs)
         self.hook_handles.append(model.register_forward_pre_hook(self._on_start, with_kwargs=True))
@@ -97,7 +98,8 @@ class _GradCAM(_CAM):
         self._hooks_enabled = False
         try:
             pooled = reshape is None and not self.strict
-            found = pull_back(scores, layers, pooled=pooled, retain_graph=retain_graph)
+            rows = self._head.gradients(scores, layers[0]) if pooled and len(layers) == 1 and layers[0] else None
+            found = pull_back(scores, layers, pooled=pooled, retain_graph=retain_graph) if rows is None else [rows]
         finally:
             self._hooks_enabled = enabled
         if reshape is not None:

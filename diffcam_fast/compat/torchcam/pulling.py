@@ -10,13 +10,48 @@ from torch.autograd.graph import GradientEdge, Node
 
 from diffcam_fast.compat.torchcam.recording import Recorded
 from diffcam_fast.compat.torchcam.scoring import Scores
-from diffcam_fast.explain.graph import _has_hooks, _is_mean_over_positions
+from diffcam_fast.explain.capture import Captured
+from diffcam_fast.explain.graph import Tail, _has_hooks, _is_mean_over_positions
 
 # Heads that average over positions are short.
 _NODES_SEARCHED = 24
 
+_LAYER = "target_layer"
+
 # Looking for a mean takes longer than the gradient of fewer elements.
 _WORTH_POOLING = 2**15
+
+
+class LinearHead:
+    """The weight of a model's head in the place of a pull-back, where the head is one linear layer of means."""
+
+    def __init__(self) -> None:
+        self._agrees: bool | None = None
+
+    def gradients(self, scores: Scores, layer: Recorded) -> Tensor | None:
+        """What `pull_back` would find, given once; None where it has to be asked.
+
+        Args:
+            scores: sums of logits.
+            layer: what was recorded.
+        """
+        logits, chosen = scores.outputs, scores.chosen
+        if logits is None or chosen is None or self._agrees is False or logits.grad_fn is None or len(logits) == 0:
+            return None
+        if logits.dtype != layer.output.dtype or logits.dtype not in (torch.float32, torch.float64):
+            return None
+        captured = Captured(layer.output, layer.output, (layer.edge, layer.edge), (0, 0), False)
+        tail = Tail(logits, {_LAYER: captured})
+        weight = tail.head_weight(_LAYER, without_hooks=True)
+        if weight is None:
+            return None
+        if self._agrees is None:
+            # What the graph shows is taken at its word only after autograd has confirmed it once.
+            self._agrees = tail.is_head(_LAYER, weight)
+            if not self._agrees:
+                return None
+        found = chosen.times(weight).div_(tail.pools[_LAYER].positions)
+        return found.transpose(0, 1) if scores.several else found[0]
 
 
 def pull_back(scores: Scores, layers: Sequence[Recorded | None], *, pooled: bool, retain_graph: bool) -> list[Tensor]:
@@ -49,7 +84,8 @@ def pull_back(scores: Scores, layers: Sequence[Recorded | None], *, pooled: bool
     for number, score in enumerate(scores.values):
         retain = retain_graph or number + 1 < len(scores.values)
         try:
-            gradients = torch.autograd.grad(score, edges, retain_graph=retain, allow_unused=True)
+            ones = None if score.numel() == 1 else torch.ones_like(score)
+            gradients = torch.autograd.grad(score, edges, ones, retain_graph=retain, allow_unused=True)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from diffcam_fast.compat.engine import Chosen
+
 OutputTarget: TypeAlias = Callable[[Any], Tensor]
 """From the output of one image to a scalar."""
 
 
-class Scores(NamedTuple):
+@dataclass
+class Scores:
     """What is pulled back.
 
     Attributes:
-        values: a scalar for each of T targets, or ``(N, 1)``; recorded by autograd.
+        compute: makes `values`.
         several: whether results have a dimension of targets.
         alike: all are made of the same outputs, in the same way.
+        outputs: ``(N, K)``; None for others.
+        chosen: which of them the scores are, or are sums of; None where they are something else.
     """
 
-    values: list[Tensor]
+    compute: Callable[[], list[Tensor]]
     several: bool
     alike: bool
+    outputs: Tensor | None = None
+    chosen: Chosen | None = None
+
+    @cached_property
+    def values(self) -> list[Tensor]:
+        """A scalar for each of T targets, or ``(N, 1)``; recorded by autograd."""
+        with torch.enable_grad():
+            return self.compute()
 
 
 class Classes:
@@ -99,16 +114,24 @@ class Classes:
         """
         if scores.dim() < 2 or (scores.dim() > 2 and self.images is not None):
             raise ValueError(f"scores: expected (N, K), a score for each class; got {tuple(scores.shape)}")
-        with torch.enable_grad():
+        if scores.dim() > 2:
+            self._check(scores.shape[1])
+            return Scores(lambda: [self._of_all_images(scores)], False, True)
+        indices = self.indices(len(scores), scores.shape[1], scores.device)
+        if len(indices) != len(scores):
+            raise ValueError(f"class_idx: expected classes for {len(scores)} images; got them for {len(indices)}")
+
+        def values() -> list[Tensor]:
             if isinstance(self.values, int):
-                self._check(scores.shape[1])
-                selected = scores.select(1, self.values)
-                return Scores([selected if selected.numel() == 1 else selected.sum()], False, True)
-            indices = self.indices(len(scores), scores.shape[1], scores.device)
-            if len(indices) != len(scores):
-                raise ValueError(f"class_idx: expected classes for {len(scores)} images; got them for {len(indices)}")
-            values = [scores.gather(1, column.unsqueeze(1)).sum() for column in indices.unbind(1)]
-            return Scores(values, self.several, True)
+                return [self._of_all_images(scores)]
+            return [scores.gather(1, column.unsqueeze(1)).sum() for column in indices.unbind(1)]
+
+        return Scores(values, self.several, True, scores, Chosen(indices))
+
+    def _of_all_images(self, scores: Tensor) -> Tensor:
+        assert isinstance(self.values, int)
+        selected = scores.select(1, self.values)
+        return selected if selected.numel() == 1 else selected.sum()
 
     def _check(self, count: int) -> None:
         if type(self.values) is int and self.values < count:
@@ -156,16 +179,17 @@ class Targets:
             raise TypeError(f"scores: expected a tensor or a list with an entry for each image; got {type(outputs)}")
         if isinstance(outputs, Tensor) and outputs.dim() == 0:
             raise ValueError("scores: expected a tensor with an entry for each image; got a scalar")
-        with torch.enable_grad():
+        if len(outputs) != len(self._rows):
+            raise ValueError(f"scores: expected an entry for each of {len(self._rows)} images; got {len(outputs)}")
+
+        def values() -> list[Tensor]:
             each = list(outputs.unbind(0) if isinstance(outputs, Tensor) else outputs)
-            if len(each) != len(self._rows):
-                raise ValueError(f"scores: expected an entry for each of {len(self._rows)} images; got {len(each)}")
-            columns = zip(*self._rows, strict=True)
-            values = [
+            return [
                 torch.stack([_scalar(target(output)) for target, output in zip(column, each, strict=True)]).sum()
-                for column in columns
+                for column in zip(*self._rows, strict=True)
             ]
-            return Scores(values, self.several, False)
+
+        return Scores(values, self.several, False)
 
 
 def _is_nested(given: Any) -> bool:
@@ -180,7 +204,7 @@ def _scalar(value: Any) -> Tensor:
     return value.reshape(())
 
 
-def contrast(scores: Tensor, classes: Tensor, references: Tensor, gamma: float) -> list[Tensor]:
+def contrast(scores: Tensor, classes: Tensor, references: Tensor, gamma: float, *, several: bool) -> Scores:
     """Scores of classes less ``gamma`` times the mean score of classes of reference (Zhang et al. 2025).
 
     Args:
@@ -188,16 +212,20 @@ def contrast(scores: Tensor, classes: Tensor, references: Tensor, gamma: float) 
         classes: ``(N, T)``.
         references: ``(N, T, R)``.
         gamma: see above.
+        several: see `Scores`.
 
     Returns:
-        ``(N, 1)`` for each of T classes.
+        Values ``(N, 1)`` for each of T classes.
     """
     count = references.shape[2]
     shares = scores.new_full((1 + count,), -gamma / max(count, 1), requires_grad=False)
     shares[0] = 1
     indices = torch.cat([classes.unsqueeze(2), references], 2)
-    with torch.enable_grad():
+
+    def values() -> list[Tensor]:
         return [(scores.gather(1, each) * shares).sum(1, keepdim=True) for each in indices.unbind(1)]
+
+    return Scores(values, several, True, scores, Chosen(indices, shares.expand(indices.shape)))
 
 
 def nearest(scores: Tensor, classes: Tensor, count: int) -> Tensor:

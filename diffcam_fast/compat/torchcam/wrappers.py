@@ -190,11 +190,7 @@ class FinerCAM(_CAMWrapper):
         else:
             rows = torch.tensor(explicit(comparison_idx, indices.tolist(), count))
             references = rows.to(scores.device).unsqueeze(1).expand(-1, indices.shape[1], -1)
-        differences = contrast(with_history(scores), indices, references, self.gamma)
-        if not self.base_cam.strict:
-            with torch.enable_grad():
-                differences = [each if each.numel() == 1 else each.sum() for each in differences]
-        return Scores(differences, classes.several, True)
+        return contrast(with_history(scores), indices, references, self.gamma, several=classes.several)
 
     def __repr__(self) -> str:
         base = type(self.base_cam).__name__

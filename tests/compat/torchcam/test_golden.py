@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from diffcam_fast.compat.originals import original
+from diffcam_fast.compat.torchcam import gradients, pulling
 from diffcam_fast.compat.torchcam import methods as ours
-from diffcam_fast.compat.torchcam import pulling
 from diffcam_fast.models import load_efficientnet_lite0
 from tests.compat.networks import CLASSES, Flat, Pooled, Tokens, Volume, images, make
 from tests.tolerances import COMPAT_SHARE_OF_RANGE
@@ -61,6 +61,7 @@ def test_methods(method: str, kind: type[nn.Module], count: int) -> None:
 def test_gradients_that_are_given_once(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that follows the layer is a mean over positions."""
     model, x = make(Pooled), images(Pooled)
+    monkeypatch.setattr(pulling.LinearHead, "gradients", lambda *given: None)
     pools: list[Any] = []
     pool = pulling._pool
     monkeypatch.setattr(pulling, "_pool", lambda *given: pools.append(pool(*given)) or pools[-1])
@@ -79,6 +80,64 @@ def test_gradients_that_are_given_once(method: str, monkeypatch: pytest.MonkeyPa
                 expected = [False] * len(layers) if smallest else given_once
                 assert [pool is not None for pool in pools] == expected * times
             assert_same(*found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_weight_of_the_head_in_place_of_a_pull_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = make(Pooled), images(Pooled)
+    pulled: list[Any] = []
+    pull_back = gradients.pull_back
+    monkeypatch.setattr(
+        gradients, "pull_back", lambda *given, **more: pulled.append(given) or pull_back(*given, **more)
+    )
+    rows = pulling.LinearHead.gradients
+    for class_idx in (CATEGORIES, 2, [[1, 2], [3, 4], [5, 6]]):
+        found = []
+        for head in (rows, lambda *given: None):
+            monkeypatch.setattr(pulling.LinearHead, "gradients", head)
+            pulled.clear()
+            with getattr(ours, method)(model, "relu") as cam:
+                torch.manual_seed(0)
+                found.append(cam(class_idx, model(x)))
+            assert bool(pulled) == (head is not rows)
+        assert_same(*found)
+    monkeypatch.setattr(pulling.LinearHead, "gradients", rows)
+    compare(method, model, "relu", x)
+
+
+class _Hooked(Pooled):
+    """A hook changes the gradient on its way from the head to the layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.relu(self.late(self.early(x))).mean((2, 3))
+        pooled.register_hook(lambda gradient: gradient * torch.linspace(-1, 2, gradient.shape[1]))
+        return self.head[3](pooled)
+
+
+class _Warmed(Pooled):
+    """Scores that are not the logits themselves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.relu(self.late(self.early(x)))) * torch.linspace(1, 2, CLASSES)
+
+
+class _Skipping(Pooled):
+    """The layer's output reaches the logits by two ways."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.late(self.early(x)))
+        pooled = x.mean((2, 3))
+        return self.head[3](pooled + x[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("kind", (_Hooked, _Warmed, _Skipping))
+def test_heads_that_look_alike(kind: type[nn.Module]) -> None:
+    model, x = make(kind), images(Pooled)
+    for _ in range(2):
+        compare("LayerCAM", model, "relu", x)
+    model.requires_grad_(False)
+    model.early.requires_grad_(True)
+    compare("LayerCAM", model, "relu", x)
 
 
 class _Twofold(Pooled):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -205,6 +206,10 @@ def cases(quick: bool) -> list[Case]:
 
 def effort_for(case: Case) -> Effort:
     """Where a round takes seconds, few of them have to do: it is too long for an interruption to matter."""
+    if case.library == TORCHCAM and case.batch > 8:
+        # torchcam records the whole network: gigabytes come from the system and go back each time, and no two rounds
+        # are alike.
+        return Effort(seconds=3.0, minimum_rounds=9, maximum_rounds=60)
     long = case.batch > 8 or (case.batch > 1 and case.method in LIBRARIES[case.library].batches)
     return Effort(seconds=3.0, minimum_rounds=3 if long else 5, maximum_rounds=60)
 
@@ -321,19 +326,37 @@ def report(found: list[Row], absent: Mapping[str, str]) -> Report:
 
 
 def bars(found: list[Row]) -> list[Bar]:
-    """The limits; how far below the second one the floor is follows from the rows."""
-    floors = [row["floor_faster"] for row in found if "floor_faster" in row]
+    """The limits, and what the rows say about those that miss them."""
+    three = Bar(
+        "at least 3 times faster than pytorch-grad-cam",
+        "faster",
+        3.0,
+        at_least=True,
+        applies=lambda row: row["library"] == LIBRARIES[GRAD_CAM].title,
+    )
     return [
-        Bar("never slower than the original", "faster", 1.0, at_least=True),
-        Bar(
-            "at least 3 times faster than pytorch-grad-cam",
-            "faster",
-            3.0,
-            at_least=True,
-            applies=lambda row: row["library"] == LIBRARIES[GRAD_CAM].title,
-            reason=f"the floor of GradCAM is {min(floors):.2f} to {max(floors):.2f} times faster" if floors else "",
-        ),
+        Bar("never slower than the original", "faster", 1.0, at_least=True).because(found, _why_slower),
+        three.because(found, partial(_why_not_three_times, found)),
     ]
+
+
+def _why_slower(missed: list[Row]) -> str:
+    decided = [row for row in missed if row["faster_p80"] < 1]
+    return f"in {len(missed) - len(decided)} of these the quotients of single rounds, p20 to p80, reach beyond 1"
+
+
+def _why_not_three_times(found: list[Row], missed: list[Row]) -> str:
+    plain = {(row["network"], row["batch"]): row["inference_ms"] for row in found if "inference_ms" in row}
+    shares = [
+        row["original_ms"] / 3 / plain[row["network"], row["batch"]]
+        for row in missed
+        if (row["network"], row["batch"]) in plain
+    ]
+    if not shares:
+        return ""
+    return (
+        f"a third of the original's time is {min(shares):.2f} to {max(shares):.2f} times plain inference in these rows"
+    )
 
 
 def _tables(found: list[Row]) -> list[Table]:

@@ -252,7 +252,7 @@ def report(found: list[Row], absent: dict[str, str]) -> Report:
         ),
         rows=found,
         tables=_tables(found, present),
-        bars=bars(present),
+        bars=bars(present, found),
         label=_label,
         details={"absent_peers": absent},
         figures={"end_to_end.png": (CAPTION, figure(found, present))},
@@ -268,8 +268,9 @@ def _part(row: Row, name: str) -> str:
     )
 
 
-def bars(present: list[str]) -> list[Bar]:
-    """The limits, for the rows that each of them is about."""
+def bars(present: list[str], found: list[Row]) -> list[Bar]:
+    """The limits, for the rows that each of them is about, and what the rows say about those that miss them."""
+    why = partial(_why, found)
     pooled, others = ({network.name for network in group} for group in (POOLED, OTHERS))
 
     def one(row: Row, networks: set[str], batches: tuple[int, ...]) -> bool:
@@ -285,19 +286,19 @@ def bars(present: list[str]) -> list[Bar]:
             "multiple",
             1.03,
             applies=partial(one, networks=pooled, batches=(1,)),
-        ),
+        ).because(found, why),
         Bar(
             "one class, pooled heads, batch 8: at most 1.01 times inference",
             "multiple",
             1.01,
             applies=partial(one, networks=pooled, batches=(8,)),
-        ),
+        ).because(found, why),
         Bar(
             f"one class, other tails: at most 1.02 times {pull_back}",
             "vs_floor",
             1.02,
             applies=partial(one, networks=others, batches=(1, 8)),
-        ),
+        ).because(found, why),
         Bar("top 5 classes: at most 1.05 times inference", "multiple", 1.05, applies=partial(of, FIVE)),
         Bar("all 1000 classes: at most 1.08 times inference", "multiple", 1.08, applies=partial(of, ALL)),
         Bar(
@@ -318,10 +319,26 @@ def bars(present: list[str]) -> list[Bar]:
                 f"vs_{name}",
                 1.0,
                 applies=lambda row: row["work"] != OVERHEAD,
-            )
+            ).because(found, _why_not_less)
             for name in present
         ),
     ]
+
+
+def _why(found: list[Row], missed: list[Row]) -> str:
+    costs = [1e3 * (row["ours_ms"] - row["inference_ms"] - row["bare_ms"]) for row in missed if "bare_ms" in row]
+    small = [row["ours_overhead_us"] for row in found if "ours_overhead_us" in row]
+    if not costs or not small:
+        return ""
+    return (
+        f"beside inference and the bare pull-back a call takes {min(costs):.0f} to {max(costs):.0f} microseconds in "
+        f"these rows, and {small[0]:.0f} where the network is so small that the caches hold all that is used"
+    )
+
+
+def _why_not_less(missed: list[Row]) -> str:
+    spans = [row["multiple_p80"] / row["multiple_p20"] - 1 for row in missed]
+    return f"from p20 to p80, single rounds of ours span {min(spans):.1%} to {max(spans):.1%} there"
 
 
 def _tables(found: list[Row], present: list[str]) -> list[Table]:

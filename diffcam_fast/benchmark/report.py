@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class Bar:
             return False
         value = row[self.column]
         return not (value >= self.limit if self.at_least else value <= self.limit)
+
+    def because(self, rows: Sequence[Row], reason: Callable[[list[Row]], str]) -> Bar:
+        """The same, with the reason why some of the rows miss it, found from those that do."""
+        missed = [row for row in rows if self.missed(row)]
+        return replace(self, reason=reason(missed)) if missed else self
 
 
 @dataclass(frozen=True)

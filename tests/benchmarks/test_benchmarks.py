@@ -145,6 +145,30 @@ def test_a_missed_bar_is_shown_in_its_cell_and_beneath(value: float) -> None:
     assert "| one | 0.50 |" in text
 
 
+def test_the_reason_comes_from_the_rows_that_miss_a_bar() -> None:
+    missing, kept = _report(1.2), _report(0.9)
+    for each in (missing, kept):
+        each.bars = [bar.because(each.rows, lambda missed: f"{len(missed)}: {missed[0]['name']}") for bar in each.bars]
+    assert "    - two: 1.200\n    - why: 1: two" in report.as_markdown(missing, ENVIRONMENT)
+    assert "why" not in report.as_markdown(kept, ENVIRONMENT)
+
+
+def test_reasons_for_less_than_the_bandwidth() -> None:
+    def row(method: str, dtype: str, share: float, ms: float) -> report.Row:
+        place = {"method": method, "shape": "32x8x7x7", "layout": "contiguous", "threads": 2, "cache": "cold"}
+        return {**place, "dtype": dtype, "share_of_read": share, "ms": ms, "bytes": 8_000_000}
+
+    found = [
+        row("gradcam", "bfloat16", 0.6, 0.4),
+        row("gradcam", "float32", 0.9, 0.5),
+        row("xgradcam", "float32", 0.5, 1.0),
+    ]
+    (half, _, other) = found
+    assert "10.0 to 10.0 a nanosecond in these rows, 4.0 to 4.0 in those of float32" in bench_cam._why(found, [half])
+    assert "75% to 75% of read bandwidth" in bench_cam._why(found, [other])
+    assert bench_cam._why(found, [found[1]]) == ""
+
+
 def test_a_kept_bar_is_shown_too() -> None:
     text = report.as_markdown(_report(1.0), ENVIRONMENT)
     assert "no slower than the other: kept in all 2 rows" in text

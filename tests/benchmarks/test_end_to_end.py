@@ -65,9 +65,21 @@ def test_every_case_is_measured() -> None:
     ],
 )
 def test_each_limit_is_for_its_rows(row: dict[str, Any], missed: list[str]) -> None:
-    found = [bar.text for bar in bench_end_to_end.bars(PRESENT) if bar.missed(row)]
+    found = [bar.text for bar in bench_end_to_end.bars(PRESENT, [row]) if bar.missed(row)]
     assert len(found) == len(missed)
     assert all(text in bar for text, bar in zip(missed, found, strict=True))
+
+
+def test_reasons_for_missed_limits_are_measured() -> None:
+    rows = [
+        result_row(ONE, "resnet50", 1, multiple=1.2, ours_ms=12.0, bare_ms=0.5, vs_torchcam=1.01, multiple_p80=1.1),
+        result_row(OVERHEAD, "small network", 1, ours_overhead_us=250.0),
+    ]
+    reasons = {bar.text: bar.reason for bar in bench_end_to_end.bars(PRESENT, rows) if bar.reason}
+    assert len(reasons) == 2
+    (cost,) = (reason for text, reason in reasons.items() if "batch 1" in text)
+    assert "1500 to 1500 microseconds" in cost and "250 where" in cost
+    assert "10.0% to 10.0%" in reasons["less than torchcam"]
 
 
 def test_others_get_the_part_that_the_case_names() -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Two threads that limit NumPy's at a time would not put back what they found.
+_limiting = threading.Lock()
 
 # From this ratio of its sides on LAPACK's gesdd takes the triangular factor of a matrix in its place.
 _ELONGATED = 11 / 6
@@ -45,10 +52,30 @@ def first_component(activations: Tensor) -> Tensor:
     else:
         vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors
         projection = (wide @ vectors[:, :, -1:]).squeeze(2)
-    theirs = torch.from_numpy(np.stack([_projection_as_lapack_signs_it(image) for image in x.numpy(force=True)]))
+    with _limiting, _single_thread():
+        theirs = torch.from_numpy(np.stack([_projection_as_lapack_signs_it(image) for image in x.numpy(force=True)]))
     agreement = (theirs.to(projection.device, torch.float64) * projection).sum(1, keepdim=True)
     projection = torch.where(agreement < 0, -projection, projection)
     return projection.to(dtype).reshape(images, *size)
+
+
+def _single_thread() -> AbstractContextManager[Any]:
+    """NumPy's linear algebra on one thread, where threadpoolctl is installed, as it is beside pytorch-grad-cam.
+
+    Matrices this small do not gain by more, and the threads would go on spinning while the next image waits for the
+    network.
+    """
+    controller = _blas()
+    return nullcontext() if controller is None else controller.limit(limits=1)
+
+
+@lru_cache(maxsize=1)
+def _blas() -> Any:
+    try:
+        threadpoolctl: Any = importlib.import_module("threadpoolctl")
+    except ImportError:
+        return None
+    return threadpoolctl.ThreadpoolController().select(user_api="blas")
 
 
 def _projection_as_lapack_signs_it(x: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from diffcam_fast.compat import eigen
 from diffcam_fast.compat.eigen import first_component
 from diffcam_fast.compat.engine import Chosen
 from diffcam_fast.compat.formulas import channel_weights, weighted_activations, weighted_difference
@@ -115,6 +116,31 @@ def test_first_component(positions: int, channels: int) -> None:
 def test_first_component_of_nothing() -> None:
     assert first_component(torch.zeros(0, 3, 2, 2)).shape == (0, 2, 2)
     assert not first_component(torch.ones(2, 3, 2, 2)).any()
+
+
+def _blas_threads() -> set[int]:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    return {library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}
+
+
+def test_first_component_leaves_the_threads_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = _blas_threads()
+    within: list[set[int]] = []
+    svd = np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *given, **more: within.append(_blas_threads()) or svd(*given, **more))
+    activations = torch.from_numpy(random.standard_normal((2, 100, 5, 5)).astype(np.float32))
+    found = first_component(activations)
+    assert within == [{1}, {1}] and _blas_threads() == before
+    monkeypatch.setattr(np.linalg, "svd", lambda *given, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        first_component(activations)
+    assert _blas_threads() == before
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    eigen._blas.cache_clear()
+    assert torch.equal(first_component(activations), found)
+    monkeypatch.undo()
+    eigen._blas.cache_clear()
 
 
 @pytest.mark.parametrize("name", ("vit_reshape_transform", "swinT_reshape_transform"))

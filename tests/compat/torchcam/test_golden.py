@@ -110,7 +110,8 @@ class _Hooked(Pooled):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.relu(self.late(self.early(x))).mean((2, 3))
-        pooled.register_hook(lambda gradient: gradient * torch.linspace(-1, 2, gradient.shape[1]))
+        if pooled.requires_grad:
+            pooled.register_hook(lambda gradient: gradient * torch.linspace(-1, 2, gradient.shape[1]))
         return self.head[3](pooled)
 
 

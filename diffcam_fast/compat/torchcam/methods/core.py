@@ -18,7 +18,7 @@ from diffcam_fast.compat.aliases import strict_by_default
 from diffcam_fast.compat.originals import attribute
 from diffcam_fast.compat.torchcam.methods._utils import locate_candidate_layer
 from diffcam_fast.compat.torchcam.scoring import Classes, OutputTarget, Targets
-from diffcam_fast.ops.cam import cam
+from diffcam_fast.explain.finishing import unchecked_cam
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -258,7 +258,9 @@ class _CAM:
             dtype = torch.promote_types(dtype, weights.dtype)
             activations, weights = activations.to(dtype), weights.to(dtype)
         normalize = "minmax" if normalized else None
-        maps = cam(activations, weights, method, relu=self._relu, normalize=normalize, eps=_EPS)
+        each = weights if several else weights.unsqueeze(1)
+        maps = unchecked_cam(activations, each, method, self._relu, normalize, _EPS)
+        maps = maps if several else maps.squeeze(1)
         return maps if maps.dtype == dtype else maps.to(dtype)
 
     def _on_output(self, module: nn.Module, inputs: Any, output: Any, idx: int = 0) -> Tensor | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffcam_fast.compat.formulas import channel_weights
 from diffcam_fast.compat.torchcam.methods.core import _CAM, OutputTarget
-from diffcam_fast.compat.torchcam.pulling import LinearHead, pull_back
+from diffcam_fast.compat.torchcam.pulling import NEEDS_RETAIN_GRAPH, LinearHead, pull_back
 from diffcam_fast.compat.torchcam.recording import Pass, Recorded, edge_of, ordinary_mode, record, with_history
 from diffcam_fast.compat.torchcam.scoring import Classes, Scores, Targets
 from diffcam_fast.reference.cam import accumulation_dtype
@@ -54,6 +54,7 @@ class _GradCAM(_CAM):
         """See `_CAM.reset_hooks`."""
         super().reset_hooks()
         self._recorded: list[Recorded | None] = [None] * len(self.target_names)
+        self._used_up = False
 
     def compute_cams(
         self,
@@ -90,6 +91,8 @@ class _GradCAM(_CAM):
     def _gradients(self, scores: Scores, retain_graph: bool) -> list[Tensor]:
         """(N, C, *positions) or (N, C) of each layer, or the same with (N, T, C) for several scores."""
         layers = self._recorded
+        if self._used_up:
+            raise RuntimeError(f"scores: their graph has been used up; {NEEDS_RETAIN_GRAPH}")
         if self.strict:
             layers = [layer and layer._replace(edge=edge_of(layer.output)) for layer in layers]
         reshape = self._reshape_transform
@@ -102,6 +105,9 @@ class _GradCAM(_CAM):
             found = pull_back(scores, layers, pooled=pooled, retain_graph=retain_graph) if rows is None else [rows]
         finally:
             self._hooks_enabled = enabled
+        if not retain_graph:
+            # Whoever holds a node holds all that the pass has recorded, which may be the largest thing in memory.
+            self._recorded, self._used_up = [None] * len(layers), True
         if reshape is not None:
             with torch.no_grad():
                 found = [_by_image(reshape, each) if scores.several else reshape(each) for each in found]
@@ -170,6 +176,7 @@ class _GradCAM(_CAM):
     def _on_output(self, module: nn.Module, inputs: Any, output: Any, idx: int = 0) -> Tensor | None:
         if not self._hooks_enabled:
             return None
+        self._used_up = False
         self._recorded[idx], handed_on = record(output, self._pass, self.target_names[idx], as_changed=self.strict)
         if self.strict:
             self._take(idx, output if handed_on is None else handed_on)

@@ -16,6 +16,8 @@ from diffcam_fast.explain.graph import Tail, _has_hooks, _is_mean_over_positions
 # Heads that average over positions are short.
 _NODES_SEARCHED = 24
 
+NEEDS_RETAIN_GRAPH = "a second map of the same pass needs retain_graph=True for the first"
+
 _LAYER = "target_layer"
 
 # Looking for a mean takes longer than the gradient of fewer elements.
@@ -42,7 +44,11 @@ class LinearHead:
             return None
         captured = Captured(layer.output, layer.output, (layer.edge, layer.edge), (0, 0), False)
         tail = Tail(logits, {_LAYER: captured})
-        weight = tail.head_weight(_LAYER, without_hooks=True)
+        try:
+            weight = tail.head_weight(_LAYER, without_hooks=True)
+        except RuntimeError:
+            # The graph has been used up, or the weight changed meanwhile: `pull_back` says so.
+            return None
         if weight is None:
             return None
         if self._agrees is None:
@@ -89,10 +95,7 @@ def pull_back(scores: Scores, layers: Sequence[Recorded | None], *, pooled: bool
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RuntimeError(
-                f"scores: cannot be differentiated ({error}); a second map of the same pass needs retain_graph=True "
-                "for the first"
-            ) from error
+            raise RuntimeError(f"scores: cannot be differentiated ({error}); {NEEDS_RETAIN_GRAPH}") from error
         for layer, pool, gradient, into in zip(known, pools, gradients, found, strict=True):
             if gradient is None:
                 raise RuntimeError(

@@ -58,7 +58,7 @@ class SmoothGradCAMpp(_GradCAM):
         self._input: Tensor | None = None
 
     def _explain_wanted(self, wanted: Classes | Targets, scores: Any, normalized: bool, **kwargs: Any) -> list[Tensor]:
-        before = list(self.hook_a), list(self._recorded)
+        before = list(self.hook_a)
         try:
             weights = self._noisy_weights(wanted, **kwargs)
             return [
@@ -66,8 +66,8 @@ class SmoothGradCAMpp(_GradCAM):
                 for idx, each in enumerate(weights)
             ]
         finally:
-            # For the next call, which begins with the same image.
-            self.hook_a, self._recorded = before
+            # For the next call, which begins with the same image, and records passes of its own.
+            self.hook_a = before
 
     def _get_weights(self, class_idx: Any, scores: Any = None, eps: float = EPS, **kwargs: Any) -> list[Tensor]:
         targets = kwargs.pop("targets", None)

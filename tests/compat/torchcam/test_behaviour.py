@@ -512,6 +512,26 @@ CALLS = (
 )
 
 
+@pytest.mark.parametrize("retain_graph", (False, True))
+@pytest.mark.parametrize("layer", ("late", "relu"))
+def test_nothing_of_a_pass_stays_in_memory(layer: str, retain_graph: bool) -> None:
+    model, x = make(Pooled), images(Pooled)
+    kept: list[weakref.ref[Tensor]] = []
+    # What only the graph of the pass holds.
+    model.early.register_forward_hook(lambda module, given, output: kept.append(weakref.ref(output)))
+    with ours.GradCAM(model, layer) as cam:
+        scores = model(x)
+        cam(CATEGORIES, scores, retain_graph=retain_graph)
+        if retain_graph:
+            cam(CATEGORIES, scores)
+        kept.clear()
+        scores = model(x)
+        cam(CATEGORIES, scores)
+        assert kept[0]() is not None
+        del scores
+        assert kept[0]() is None
+
+
 def _after(cam: Any, x: Tensor, scores: Any) -> None:
     cam.model(x)
     cam(1, scores)

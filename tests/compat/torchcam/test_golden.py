@@ -105,6 +105,21 @@ def test_the_weight_of_the_head_in_place_of_a_pull_back(method: str, monkeypatch
     compare(method, model, "relu", x)
 
 
+@pytest.mark.parametrize("layer", ("late", "relu"))
+def test_a_graph_that_has_been_used_up(layer: str) -> None:
+    model, x = make(Pooled), images(Pooled)
+    with ours.GradCAM(model, layer) as cam:
+        scores = model(x)
+        scores.sum().backward()
+        with pytest.raises(RuntimeError, match="retain_graph=True"):
+            cam(CATEGORIES, scores)
+        scores = model(x)
+        with torch.no_grad():
+            model.head[3].weight.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            cam(CATEGORIES, scores)
+
+
 class _Hooked(Pooled):
     """A hook changes the gradient on its way from the head to the layer."""
 

@@ -512,14 +512,15 @@ CALLS = (
 )
 
 
+@pytest.mark.parametrize("strict", (False, True))
 @pytest.mark.parametrize("retain_graph", (False, True))
 @pytest.mark.parametrize("layer", ("late", "relu"))
-def test_nothing_of_a_pass_stays_in_memory(layer: str, retain_graph: bool) -> None:
+def test_nothing_of_a_pass_stays_in_memory(layer: str, retain_graph: bool, strict: bool) -> None:
     model, x = make(Pooled), images(Pooled)
     kept: list[weakref.ref[Tensor]] = []
     # What only the graph of the pass holds.
     model.early.register_forward_hook(lambda module, given, output: kept.append(weakref.ref(output)))
-    with ours.GradCAM(model, layer) as cam:
+    with ours.GradCAM(model, layer, strict=strict) as cam:
         scores = model(x)
         cam(CATEGORIES, scores, retain_graph=retain_graph)
         if retain_graph:
@@ -530,6 +531,17 @@ def test_nothing_of_a_pass_stays_in_memory(layer: str, retain_graph: bool) -> No
         assert kept[0]() is not None
         del scores
         assert kept[0]() is None
+
+
+def test_torchcam_keeps_a_pass_in_memory() -> None:
+    pytest.importorskip("torchcam")
+    model, x = make(Pooled), images(Pooled)
+    kept: list[weakref.ref[Tensor]] = []
+    model.early.register_forward_hook(lambda module, given, output: kept.append(weakref.ref(output)))
+    with original("torchcam", "methods").GradCAM(model, "relu") as cam:
+        cam(CATEGORIES, model(x))
+        gc.collect()
+        assert kept[0]() is not None
 
 
 def _after(cam: Any, x: Tensor, scores: Any) -> None:

@@ -310,9 +310,10 @@ class Cam {
         return part == parts ? shape_.channels : shape_.channels * part / parts / 16 * 16;
     }
 
-    // Channels are next to each other and few. Sums over positions are made in parts, added up, and then every
-    // part of a map is complete in itself. Where images are many, a task is an image, and what is read twice
-    // comes from a cache the second time. Otherwise tasks are parts, of all images, one step after the other.
+    // Channels are next to each other and few. Sums over positions are made in parts, added up, and then
+    // every part of a map is complete in itself. Where images are many, a task is an image, and what is read
+    // twice comes from a cache the second time. Otherwise tasks are parts, of all images, one step after the
+    // other.
     void run_positions(int64_t parts) {
         const auto run_part = [&](int64_t n, int64_t group, int64_t part, auto&& body) {
             const int64_t t0 = group * group_, begin = positions_ * part / parts;
@@ -327,8 +328,8 @@ class Cam {
         if (products_) {
             in_parallel([&](int64_t n, int64_t t0, int64_t t1, int64_t, int64_t s, int64_t length) {
                 for (int64_t t = t0; t < t1; ++t)
-                    kernels_->product_map(method_, part_of(activations_, n, 0, s), part_of(gradients_, n, t, s),
-                                          shape_.channels, length, false,
+                    kernels_->product_map(method_, part_of(activations_, n, 0, s),
+                                          part_of(gradients_, n, t, s), shape_.channels, length, false,
                                           maps_ + (n * shape_.targets + t) * positions_ + s);
             });
             return finish_all(nullptr, 0);
@@ -406,8 +407,8 @@ class Cam {
             }
         }
         for_parts([&](int64_t n, int64_t t0, int64_t t1, int64_t, int64_t s, int64_t length) {
-            kernels_->weighted_maps(part_of(activations_, n, 0, s), weight(n, t0, 0), parts * channels, t1 - t0,
-                                    method_ == CamMethod::elementwise, channels, length, false,
+            kernels_->weighted_maps(part_of(activations_, n, 0, s), weight(n, t0, 0), parts * channels,
+                                    t1 - t0, method_ == CamMethod::elementwise, channels, length, false,
                                     maps_ + (n * shape_.targets + t0) * positions_ + s, positions_);
         });
     }

@@ -319,7 +319,7 @@ def bars(present: list[str], found: list[Row]) -> list[Bar]:
                 f"vs_{name}",
                 1.0,
                 applies=lambda row: row["work"] != OVERHEAD,
-            ).because(found, _why_not_less)
+            )
             for name in present
         ),
     ]
@@ -330,15 +330,11 @@ def _why(found: list[Row], missed: list[Row]) -> str:
     small = [row["ours_overhead_us"] for row in found if "ours_overhead_us" in row]
     if not costs or not small:
         return ""
+    floors = [row["floor"] for row in missed]
     return (
-        f"beside inference and the bare pull-back a call takes {min(costs):.0f} to {max(costs):.0f} microseconds in "
-        f"these rows, and {small[0]:.0f} where the network is so small that the caches hold all that is used"
+        f"the floor is {min(floors):.3f} to {max(floors):.3f} times inference in these rows; beside it a call takes "
+        f"{min(costs):.0f} to {max(costs):.0f} microseconds ({small[0]:.0f} on the small network of the last table)"
     )
-
-
-def _why_not_less(missed: list[Row]) -> str:
-    spans = [row["multiple_p80"] / row["multiple_p20"] - 1 for row in missed]
-    return f"from p20 to p80, single rounds of ours span {min(spans):.1%} to {max(spans):.1%} there"
 
 
 def _tables(found: list[Row], present: list[str]) -> list[Table]:

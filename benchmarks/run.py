@@ -21,6 +21,7 @@ from benchmarks.speed import (
     bench_saliency_contrast,
 )
 from benchmarks.speed.measure import NotCompiled, WrongResult
+from diffcam_fast.benchmark.machine import keep_freed_memory
 
 BENCHMARKS: dict[str, Callable[[bool], report.Report]] = {
     "cam": bench_cam.run,
@@ -68,4 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Not in `main`: it cannot be undone for who calls that.
+    keep_freed_memory()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
 import platform
@@ -15,6 +16,11 @@ import diffcam_fast
 from diffcam_fast.backends import native, serving
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+# Parameters of glibc's `mallopt`, as its malloc.h numbers them.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+_keeps_freed_memory = False
 
 #: Taken where the system does not say how large its last-level cache is.
 ASSUMED_LAST_LEVEL_CACHE = 64 << 20
@@ -39,6 +45,7 @@ def describe(command: str, device: torch.device | str = "cpu") -> dict[str, Any]
             "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             # Far above zero: something else was running, and figures for more than one thread mean little.
             "load_average_at_start": round(os.getloadavg()[0], 2),
+            "keeps_freed_memory": _keeps_freed_memory,
             **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         },
         "versions": {
@@ -57,6 +64,23 @@ def describe(command: str, device: torch.device | str = "cpu") -> dict[str, Any]
 def processors() -> int:
     """How many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> bool:
+    """Have this process keep the memory that tensors leave, for the next ones; from now on and for good.
+
+    By itself glibc hands large pieces back to the system when the last tensor in them goes, and asks for new ones page
+    by page. Where several candidates take turns it is then their neighbours' habits that decide who waits for the
+    system: a library that holds on to its tensors until its next call spares itself the wait, and leaves it to others.
+
+    Returns:
+        Whether the C library can be told so.
+    """
+    global _keeps_freed_memory
+    library = ctypes.CDLL(None)
+    if hasattr(library, "gnu_get_libc_version"):
+        _keeps_freed_memory = bool(library.mallopt(_MMAP_MAX, 0)) and bool(library.mallopt(_TRIM_THRESHOLD, -1))
+    return _keeps_freed_memory
 
 
 def caches() -> dict[str, int]:
@@ -82,8 +106,9 @@ def one_line(environment: dict[str, Any]) -> str:
     machine, versions = environment["machine"], environment["versions"]
     sizes = "".join(f"{name} {_size(size)}, " for name, size in machine["caches"].items())
     gpu = f"{machine['gpu']}; " if "gpu" in machine else ""
+    memory = f"{machine['memory_gib']} GiB" + (", freed memory kept" if machine.get("keeps_freed_memory") else "")
     return (
-        f"{gpu}{machine['cpu']}, {machine['processors']} processors, {sizes}{machine['memory_gib']} GiB; "
+        f"{gpu}{machine['cpu']}, {machine['processors']} processors, {sizes}{memory}; "
         f"diffcam_fast {versions['diffcam_fast']} ({environment['cpu_capability'] or 'reference only'}), "
         f"torch {versions['torch']}, NumPy {versions['numpy']}, Python {versions['python']}"
     )

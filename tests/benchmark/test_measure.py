@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
 from diffcam_fast.benchmark.machine import last_level_cache
-from diffcam_fast.benchmark.measure import QUICK, Candidate, GpuClock, ReadCeiling, Timing, WallClock, check, compare
+from diffcam_fast.benchmark.measure import (
+    QUICK,
+    Candidate,
+    GpuClock,
+    ReadCeiling,
+    Timing,
+    WallClock,
+    check,
+    compare,
+    median_interval,
+)
 
 
 def test_multiples_are_quotients_of_medians_with_the_spread_of_rounds() -> None:
@@ -16,6 +31,62 @@ def test_multiples_are_quotients_of_medians_with_the_spread_of_rounds() -> None:
     assert spread["vs"] == pytest.approx(4.0 / 3.5)
     assert spread["vs_p20"] == pytest.approx(1.0)  # the rounds: 2 / 2, 9 / 4.5, 4 / 4
     assert Timing.of([1.0, 2.0, 3.0, 4.0, 10.0]).p80 == 4.0
+
+
+def test_interval_of_a_median() -> None:
+    # Tables of the sign test: with 15 values the fourth from either end, with 6 the first, with fewer there is none.
+    assert median_interval(range(15, 0, -1)) == (4, 12)
+    assert median_interval([3.0, 1.0, 2.0, 6.0, 5.0, 4.0]) == (1.0, 6.0)
+    assert median_interval([2.0, 1.0]) == (1.0, 2.0) and median_interval([7.0]) == (7.0, 7.0)
+    generator = torch.Generator().manual_seed(0)
+    for count in (9, 20, 61):
+        samples = torch.rand(4000, count, generator=generator).tolist()
+        found = [median_interval(sample) for sample in samples]
+        assert 0.94 < sum(low <= 0.5 <= high for low, high in found) / len(found) < 0.985
+
+
+def test_a_slower_one_is_told_from_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = (1 + 0.02 * torch.randn(3, 60, generator=generator)).tolist()
+    one, other = Timing.of(noise[0]), Timing.of(noise[1])
+    slower = Timing.of([1.03 * seconds for seconds in noise[2]])
+    even = one.interval("faster", other)
+    assert even["faster_low"] < 1 < even["faster_high"]
+    assert one.interval("faster", slower)["faster_high"] < 1
+
+
+def test_nobody_is_timed_while_a_candidate_rests() -> None:
+    called: list[float] = []
+
+    def run(copy: int) -> None:
+        called.append(time.perf_counter())
+
+    timings, _ = compare({"one": Candidate(run, lambda found: 0.0, 0.0, rest=0.02)}, what="example", effort=QUICK)
+    assert min(later - sooner for sooner, later in zip(called, called[1:], strict=False)) >= 0.02
+    assert timings["one"].median < 0.02
+
+
+def test_freed_memory_stays_with_the_process() -> None:
+    # In a process of its own, for which it cannot be undone.
+    program = """
+import json, resource, sys, torch
+from diffcam_fast.benchmark import machine
+kept = "keep" in sys.argv and machine.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    [torch.ones(40 << 20, dtype=torch.uint8) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(json.dumps([kept, machine.describe("a test")["machine"]["keeps_freed_memory"], sum(faults() for _ in range(4))]))
+"""
+    (given, _, often), (kept, recorded, seldom) = (
+        json.loads(subprocess.run([sys.executable, "-c", program, *more], capture_output=True, check=True).stdout)
+        for more in ([], ["keep"])
+    )
+    if not kept:
+        pytest.skip("another C library than glibc")
+    assert not given and recorded
+    assert seldom < 0.5 * often
 
 
 def test_long_rounds_are_not_repeated_for_warmth() -> None:

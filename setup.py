@@ -334,18 +334,18 @@ class BuildNative(build_ext):
                 f"-isystem{torch_folder / 'include'}",
             ],
         )
-        numpy_module = ninja.compile(
-            SOURCES / "bindings" / "numpy_module.cpp",
-            "numpy_module",
-            [
-                *COMMON_FLAGS,
-                "-std=c++17",
-                *include,
-                *defines,
-                f"-isystem{pybind11_include}",
-                f"-isystem{sysconfig.get_path('include')}",
-            ],
-        )
+        python_flags = [
+            *COMMON_FLAGS,
+            "-std=c++17",
+            *include,
+            *defines,
+            f"-isystem{pybind11_include}",
+            f"-isystem{sysconfig.get_path('include')}",
+        ]
+        for_python = [
+            ninja.compile(SOURCES / "bindings" / f"{name}.cpp", name, python_flags)
+            for name in ("numpy_module", "training_flags")
+        ]
         # A symbol that is missing shall stop the build, not the import.
         torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *cuda_libraries, "-Wl,-z,defs"]
         if self.nvcc is not None:
@@ -357,7 +357,7 @@ class BuildNative(build_ext):
             "diffcam_fast._ops": ninja.link(
                 "ops.so", [torch_ops, *kernels, *cuda_kernels], [*torch_libraries, "-Wl,--exclude-libs,ALL"]
             ),
-            "diffcam_fast._C": ninja.link("C.so", [numpy_module, *kernels], ["-pthread"]),
+            "diffcam_fast._C": ninja.link("C.so", [*for_python, *kernels], ["-pthread"]),
         }
         ninja.run(ninja_path)
         for extension in self.extensions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,18 @@ class _Lease:
     training: Any
     users: int
 
+
+def _compiled_walk() -> Callable[[nn.Module], list[nn.Module] | None] | None:
+    try:
+        found: Callable[[nn.Module], list[nn.Module] | None] = importlib.import_module(
+            "diffcam_fast._C"
+        ).modules_in_training
+    except ImportError:
+        return None
+    return found
+
+
+_modules_in_training = _compiled_walk()
 
 # By id: modules may define their own equality. Shared by all explainers, since several may explain one model
 # at a time: the flag goes back up only when the last of them is done.
@@ -91,8 +105,12 @@ def _lower_training_flags(model: nn.Module) -> list[_Lease]:
 
 def _concerned(model: nn.Module) -> list[nn.Module]:
     """The modules whose flag is up, or would be but for a lease."""
-    # What `model.modules()` goes through, several times as fast: a small network waits for this. A leaf that is in
+    # What `model.modules()` goes through, many times as fast: a small network waits for this. A leaf that is in
     # several places is met in each, which does no harm. By id: modules may define their own equality.
+    if _modules_in_training is not None and not _leases:
+        raised = _modules_in_training(model)
+        if raised is not None:
+            return raised
     found = [model]
     parents = set()
     concerned = []

@@ -44,11 +44,11 @@ GRAD_CAM, TORCHCAM, CAPTUM = "pytorch_grad_cam", "torchcam", "captum"
 INTRODUCTION = """\
 Each class of `diffcam_fast.compat` beside the installed original, called by the same code with another import, on
 torchvision's networks with seeded random weights and images of 3 x 224 x 224, float32, {threads}: prediction and
-finished maps, as the class returns them. *faster*: the original's median time divided by ours; *low* and *high*: the 95 %
-confidence interval of the median of the quotients of single rounds. Both alternate in one process and in shuffled order,
-each on a model of its own; every row says in how many rounds. Memory that was freed stays with the process: who has to
-ask the system for new memory would otherwise depend on what others keep until their next call. Before anything was
-timed our maps were compared with the original's, and those were checked not to be empty: *error* is the largest
+finished maps, as the class returns them. *faster*: the original's median time divided by ours; *low* and *high*: the
+95 % confidence interval of the median of the quotients of single rounds. Both alternate in one process and in shuffled
+order, each on a model of its own; every row says in how many rounds. Memory that was freed stays with the process: who
+has to ask the system for new memory would otherwise depend on what others keep until their next call. Before anything
+was timed our maps were compared with the original's, and those were checked not to be empty: *error* is the largest
 difference as a share of a map's range.
 
 *Never slower*: two that take as long as each other come out on either side of 1 by chance. A row misses this bar where
@@ -280,6 +280,7 @@ def measure(case: Case, scene: Scene, effort: Effort) -> Row:
         "rounds": mine.rounds,
         "error": errors["ours"],
         **original.multiple("faster", mine),
+        "faster": original.median / mine.median,
         **original.interval("faster", mine),
         **mine.milliseconds(),
         **original.milliseconds("original_"),

@@ -1,6 +1,6 @@
-// Module _C: the kernels on NumPy arrays, without torch tensors, what this binary was built from, and what walks
-// over Python objects. Arguments are checked in Python (diffcam_fast/numpy.py); what is checked again here is what
-// memory safety needs.
+// Module _C: the kernels on NumPy arrays, without torch tensors, what this binary was built from, and what
+// walks over Python objects. Arguments are checked in Python (diffcam_fast/numpy.py); what is checked again
+// here is what memory safety needs.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -195,8 +195,9 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels on NumPy arrays; use diffcam_fast.numpy, which checks arguments.";
     module.def("cam", &cam);
     module.def("logit_difference", &logit_difference);
-    module.def("modules_in_training", &diffcam::modules_in_training,
-               "The modules of a torch.nn.Module whose flag `training` is up; None if it is not an ordinary one.");
+    module.def(
+        "modules_in_training", &diffcam::modules_in_training,
+        "The modules of a torch.nn.Module whose flag `training` is up; None if it is not an ordinary one.");
     module.def("build_information", &build_information, "Compiler, pybind11 and compiled CPU variants.");
     module.def(
         "cpu_capability", [] { return std::string(diffcam::cpu_capability_name(diffcam::cpu_capability())); },

@@ -1,6 +1,6 @@
-// Right after a forward pass a walk over a network's modules waits for memory nearly all of its time: the object, the
-// dictionary of its attributes and the table in that, one after the other, module by module. This walk knows what it
-// will come to, and asks for the memory of several modules at a time.
+// Right after a forward pass a walk over a network's modules waits for memory nearly all of its time: the
+// object, the dictionary of its attributes and the table in that, one after the other, module by module. This
+// walk knows what it will come to, and asks for the memory of several modules at a time.
 
 #include "training_flags.h"
 

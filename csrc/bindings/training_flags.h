@@ -6,8 +6,9 @@
 
 namespace diffcam {
 
-// The modules of a torch.nn.Module, itself included, whose flag `training` is up; one that is in several places may be
-// there more than once. None where a module keeps its attributes in another way than torch.nn.Module does.
+// The modules of a torch.nn.Module, itself included, whose flag `training` is up; one that is in several
+// places may be there more than once. None where a module keeps its attributes in another way than
+// torch.nn.Module does.
 pybind11::object modules_in_training(const pybind11::object& model);
 
 }  // namespace diffcam

@@ -17,9 +17,9 @@ from diffcam_fast.benchmark.report import Column, Report, Row, Table
 INTRODUCTION = """\
 Prediction and finished maps at the size of the images (Grad-CAM of one logit an image, at layer {layer}), as a multiple
 of plain inference under `inference_mode`. *floor*: plain inference plus the bare pull-back from the logits to the
-layer, of a graph that is there already. All alternate in one process; multiples are quotients of medians, p20 and p80
-those of single rounds. Everybody's maps were checked against ours, ours against plain PyTorch, before anything was
-timed.{absent}"""
+layer, of a graph that is there already. All alternate in one process; multiples are medians of the quotients of single
+rounds, with their p20 and p80. Everybody's maps were checked against ours, ours against plain PyTorch, before anything
+was timed.{absent}"""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def row(
         device: where the model is.
 
     Returns:
-        `multiple` of plain inference, `floor` as another, `vs_floor` their quotient; each other's own multiple under
-        its name and ours by it as `vs_NAME`; times in milliseconds.
+        `multiple` of plain inference, `floor` as another, `vs_floor` by that, and `beyond_floor_us` in microseconds;
+        each other's own multiple under its name and ours by it as `vs_NAME`; times in milliseconds.
 
     Raises:
         WrongResult: somebody's maps are not ours, or ours not those of plain PyTorch.
@@ -63,12 +63,14 @@ def row(
         timings, errors = compare(candidates, what=what, effort=effort, clock=WallClock(device))
     plain, mine, least = (timings[name] for name in ("inference", "ours", "floor"))
     parts = (least,) if floor.contains_inference else (plain, least)
+    bare = least.multiple("bare", plain)["bare"]
     found: Row = {
         "threads": torch.get_num_threads(),
         "rounds": plain.rounds,
         **mine.multiple("multiple", plain),
-        "floor": sum(part.median for part in parts) / plain.median,
+        "floor": bare if floor.contains_inference else 1 + bare,
         **mine.multiple("vs_floor", *parts),
+        "beyond_floor_us": 1e6 * mine.beyond(*parts),
         **plain.milliseconds("inference_"),
         **mine.milliseconds("ours_"),
         **least.milliseconds("bare_"),
@@ -76,7 +78,7 @@ def row(
     }
     for name in others:
         found |= timings[name].multiple(name, plain)
-        found |= mine.multiple(f"vs_{name}", timings[name])
+        found |= mine.multiple(f"vs_{name}", timings[name]) | mine.interval(f"vs_{name}", timings[name])
         found |= timings[name].milliseconds(f"{name}_")
         found[f"{name}_error"] = errors[name]
     return found

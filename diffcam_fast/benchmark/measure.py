@@ -74,17 +74,21 @@ class Timing:
     def multiple(self, name: str, *others: Timing) -> dict[str, float]:
         """This time as a multiple of others' together, as columns of a row.
 
+        A machine that is shared is not as fast in every minute. What shares a round shares that, so that it is single
+        rounds whose times are compared.
+
         Args:
-            name: of the column: the quotient of the medians. With `_p20` and `_p80` behind it, the spread of the
-                quotients of single rounds.
+            name: of the column: the median of the quotients of single rounds. With `_p20` and `_p80` behind it, their
+                spread.
             *others: from the same comparison.
         """
-        _, low, high = _spread(self._quotients(others))
-        return {
-            name: self.median / sum(other.median for other in others),
-            f"{name}_p20": low,
-            f"{name}_p80": high,
-        }
+        median, low, high = _spread(self._quotients(others))
+        return {name: median, f"{name}_p20": low, f"{name}_p80": high}
+
+    def beyond(self, *others: Timing) -> float:
+        """Seconds that this takes more than others together: the median over rounds."""
+        rounds = zip(self.seconds, *(other.seconds for other in others), strict=True)
+        return statistics.median(mine - sum(theirs) for mine, *theirs in rounds)
 
     def interval(self, name: str, *others: Timing) -> dict[str, float]:
         """Between what the median of the quotients of single rounds is, in 95 of 100 comparisons like this one.

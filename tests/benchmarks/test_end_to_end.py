@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.speed import bench_end_to_end, bench_growth
 from benchmarks.speed.bench_end_to_end import ALL, BLOCKS, COMPILED, FIVE, ONE, OVERHEAD, Case
-from benchmarks.speed.measure import QUICK, WrongResult
+from benchmarks.speed.measure import QUICK, Effort, WrongResult
 from diffcam_fast.benchmark import peers
 from diffcam_fast.benchmark.explanations import images
 
@@ -72,12 +72,24 @@ def test_each_limit_is_for_its_rows(row: dict[str, Any], missed: list[str]) -> N
 
 def test_reasons_for_missed_limits_are_measured() -> None:
     rows = [
-        result_row(ONE, "resnet50", 1, multiple=1.2, ours_ms=12.0, bare_ms=0.5, vs_torchcam=1.01, multiple_p80=1.1),
+        result_row(ONE, "resnet50", 1, multiple=1.2, beyond_floor_us=1500.0, vs_torchcam=1.01),
         result_row(OVERHEAD, "small network", 1, ours_overhead_us=250.0),
     ]
     reasons = {bar.text: bar.reason for bar in bench_end_to_end.bars(PRESENT, rows) if bar.reason}
     (cost,) = reasons.values()
     assert "1.000 to 1.000 times inference" in cost and "1500 to 1500 microseconds (250 on" in cost
+
+
+def test_who_is_even_is_said_to_be() -> None:
+    even = result_row(ONE, "vit_b_16", 1, vs_torchcam=1.01, vs_torchcam_low=0.98, vs_torchcam_high=1.02)
+    slower = result_row(ONE, "vit_b_16", 8, vs_torchcam=1.05, vs_torchcam_low=1.03, vs_torchcam_high=1.06)
+    for rows, expected in (
+        ([even], "cannot be told apart in this row: the 95 % interval of the quotient is 0.980 to 1.020"),
+        ([even, slower], "cannot be told apart in 1 of 2: the 95 % interval of the quotient is 0.980 to 1.020"),
+        ([slower], ""),
+    ):
+        (bar,) = [bar for bar in bench_end_to_end.bars(PRESENT, rows) if bar.text == "less than torchcam"]
+        assert bar.reason.endswith(expected) and bool(bar.reason) == bool(expected)
 
 
 def test_others_get_the_part_that_the_case_names() -> None:
@@ -101,7 +113,8 @@ def test_compiled_explanations(monkeypatch: pytest.MonkeyPatch) -> None:
     # No C++ compiler: seconds instead of minutes.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     case = Case(COMPILED, bench_end_to_end.Network("example", "1"), 2)
-    found = bench_end_to_end.measure_compiled(case, nn.Sequential(*layers).eval(), QUICK, 32)
+    once = Effort(minimum_rounds=1, maximum_rounds=1)
+    found = bench_end_to_end.measure_compiled(case, nn.Sequential(*layers).eval(), once, 32)
     assert found["multiple"] == pytest.approx(found["ours_ms"] / found["inference_ms"])
     assert found["vs_eager"] == pytest.approx(found["ours_ms"] / found["eager_ms"])
     assert found["inference_vs_eager"] == pytest.approx(found["inference_ms"] / found["eager_ms"])

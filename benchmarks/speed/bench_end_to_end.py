@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -38,6 +38,9 @@ COMPILED = "compiled, one class, last layer"
 #: No network of torchvision's: what its work costs is next to nothing.
 OVERHEAD, SMALL = "overhead of a call", Network("small network", "5")
 EFFORT = Effort(seconds=6.0)
+#: What an explanation adds to the prediction of a single image is a few percent of it or less, as is what the machine
+#: adds at times.
+SINGLE_EFFORT = replace(EFFORT, minimum_rounds=45)
 #: Of the images of a smoke run.
 QUICK_SIZE = 96
 
@@ -191,13 +194,13 @@ def measure_compiled(case: Case, model: nn.Module, effort: Effort, size: int = S
     }
 
 
-def rows(chosen: list[Case], effort: Effort, size: int) -> Iterator[Row]:
+def rows(chosen: list[Case], effort: Callable[[Case], Effort], size: int) -> Iterator[Row]:
     """Measure the cases; a network is built once for those that share it."""
     built: Network | None = None
     for case in tqdm(chosen, desc="end_to_end", disable=None):
         if built != case.network:
             built, model = case.network, case.network.build()
-        yield (measure_compiled if case.work == COMPILED else measure)(case, model, effort, size)
+        yield (measure_compiled if case.work == COMPILED else measure)(case, model, effort(case), size)
 
 
 def overhead(effort: Effort) -> Row:
@@ -227,10 +230,13 @@ def run(quick: bool = False) -> Report:
         WrongResult: somebody's maps are wrong.
         ImportError: torchvision is missing.
     """
-    effort = QUICK if quick else EFFORT
+
+    def effort(case: Case) -> Effort:
+        return QUICK if quick else SINGLE_EFFORT if case.batch == 1 else EFFORT
+
     with threads(1 if quick else thread_counts()[-1]):
         found = list(rows(cases(quick), effort, QUICK_SIZE if quick else SIZE))
-    return report([*found, overhead(effort if quick else replace(effort, seconds=2.0))], absent_peers())
+    return report([*found, overhead(QUICK if quick else replace(EFFORT, seconds=2.0))], absent_peers())
 
 
 def report(found: list[Row], absent: dict[str, str]) -> Report:

@@ -217,7 +217,7 @@ def cases(quick: bool) -> list[Case]:
 
 def effort_for(case: Case) -> Effort:
     """Where a round takes seconds, few of them have to do: it is too long for an interruption to matter."""
-    if case.library == TORCHCAM:
+    if case.library == TORCHCAM and case.method not in LIBRARIES[TORCHCAM].batches:
         # The user's own pass is nearly all there is to either: it takes rounds to tell them apart.
         return Effort(seconds=6.0, minimum_rounds=11 if case.batch > 8 else 15, maximum_rounds=120)
     long = case.batch > 8 or (case.batch > 1 and case.method in LIBRARIES[case.library].batches)

@@ -57,6 +57,7 @@ py::object modules_in_training(const py::object& model) {
         for (; dictionaries < found.size() && dictionaries <= i + kDictionariesAhead; ++dictionaries) {
             PyObject** const attributes = _PyObject_GetDictPtr(found[dictionaries].module);
             if (attributes == nullptr || *attributes == nullptr || !PyDict_CheckExact(*attributes)) {
+                PyErr_Clear();
                 return py::none();
             }
             found[dictionaries].attributes = *attributes;

@@ -34,8 +34,8 @@ BATCHES = (1, 8, 32)
 #: Of the images of a smoke run.
 QUICK_SIZE = 96
 
-#: Classes whose original leaves NumPy's threads spinning, and for how many seconds nobody is timed after it: threads of
-#: OpenBLAS wait some 30 milliseconds for more work before they sleep.
+#: Classes whose original leaves NumPy's threads spinning, and for how many seconds nobody is timed after it: OpenBLAS's
+#: wait a while for more work before they sleep.
 SPINNING = ("EigenCAM", "EigenGradCAM")
 REST = 0.1
 

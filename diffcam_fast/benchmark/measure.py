@@ -112,9 +112,9 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """
     ordered = sorted(values)
     count = len(ordered)
-    below, tail = 0, 1.0
-    # As many values may be cut off on either side as a fair coin seldom shows heads.
-    while tail <= 0.025 * 2**count:
+    below, tail = 0, 1
+    # Who cuts off as many values on either side as a fair coin seldom shows heads is wrong in 1 of 40 on each.
+    while 40 * tail <= 2**count:
         below += 1
         tail += math.comb(count, below)
     cut = max(below - 1, 0)

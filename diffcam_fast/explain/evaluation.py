@@ -105,7 +105,7 @@ def _lower_training_flags(model: nn.Module) -> list[_Lease]:
 
 def _concerned(model: nn.Module) -> list[nn.Module]:
     """The modules whose flag is up, or would be but for a lease."""
-    # What `model.modules()` goes through, many times as fast: a small network waits for this. A leaf that is in
+    # What `model.modules()` goes through, several times as fast: a small network waits for this. A leaf that is in
     # several places is met in each, which does no harm. By id: modules may define their own equality.
     if _modules_in_training is not None and not _leases:
         raised = _modules_in_training(model)

@@ -128,8 +128,7 @@ def test_maps_of_another_shape_or_dtype_are_not_the_same() -> None:
         (result_row("pytorch_grad_cam", "GradCAM", "resnet50", 1, faster=2.99), ["3 times"]),
         (result_row("pytorch_grad_cam", "EigenCAM", "resnet50", 1, faster=0.9), ["never slower", "3 times"]),
         (result_row("torchcam", "CAM", "resnet50", 32, faster=1.0), []),
-        (result_row("torchcam", "CAM", "resnet50", 32, faster=0.98, faster_high=1.0), []),
-        (result_row("torchcam", "CAM", "resnet50", 32, faster=0.99, faster_high=0.995), ["never slower"]),
+        (result_row("torchcam", "CAM", "resnet50", 32, faster=0.99), ["never slower"]),
         (result_row("captum", "LayerGradCam", "mobilenet_v2", 8, faster=1.3), []),
     ),
 )
@@ -137,6 +136,16 @@ def test_each_limit_is_for_its_rows(row: dict[str, Any], missed: list[str]) -> N
     found = [bar.text for bar in bench_compat.bars([row]) if bar.missed(row)]
     assert len(found) == len(missed)
     assert all(text in bar for text, bar in zip(missed, found, strict=True))
+
+
+def test_who_is_even_misses_the_limit_and_is_said_to_be() -> None:
+    rows = [
+        result_row("torchcam", "CAM", "resnet50", 1, faster=0.99, faster_high=1.0),
+        result_row("torchcam", "CAM", "resnet50", 8, faster=0.95, faster_high=0.97),
+    ]
+    (bar,) = [bar for bar in bench_compat.bars(rows) if bar.text == "never slower than the original"]
+    assert all(bar.missed(row) for row in rows)
+    assert bar.reason.startswith("in 1 of 2 the two cannot be told apart")
 
 
 def test_a_missed_limit_stands_beside_the_floor() -> None:

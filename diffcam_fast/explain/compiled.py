@@ -16,6 +16,7 @@ from diffcam_fast.explain.evaluation import autocast_dtype
 from diffcam_fast.explain.evidence import Recipe, maps_of
 from diffcam_fast.explain.explanation import Explanation
 from diffcam_fast.explain.graph import Tail
+from diffcam_fast.explain.memory_format import in_format
 from diffcam_fast.explain.replica import replica
 from diffcam_fast.explain.targets import Scores, Target
 from diffcam_fast.reference.cam import accumulation_dtype
@@ -84,7 +85,7 @@ class CompiledExplainer:
         if images.shape[0] == 0:
             return self.explainer(images, classes)
         with torch.inference_mode(False), torch.no_grad():
-            images = ordinary(images)
+            images = in_format(ordinary(images), self.explainer.memory_format)
             plan = self._plan(images)
             chosen = None
             if requested is not None:

@@ -28,6 +28,13 @@ from diffcam_fast.explain.layers import (
     spatial_layers,
     unwrapped,
 )
+from diffcam_fast.explain.memory_format import (
+    AUTO,
+    FasterFormat,
+    check_memory_format,
+    in_format,
+    same_but_for_rounding,
+)
 from diffcam_fast.explain.positions import check_size
 from diffcam_fast.explain.pull_back import check_differentiable
 from diffcam_fast.explain.targets import LogitDifference, Target, TargetFunction, check_target
@@ -53,6 +60,10 @@ class Explainer:
     of the layers' outputs for the model to change; those that follow leave out what it shows not to be needed. Where
     it is needed after all, as by a tail that multiplies with tensors from before the layer, the pass is done again
     carefully, once, and so are all later ones.
+
+    On a CPU, networks with depthwise convolutions, and any network for many images, are run on channels-last copies of
+    contiguous images, which most are faster on; the first such pass is done in both orders, and logits and maps have to
+    agree but for rounding, or the images stay as they are. `memory_format` says otherwise.
 
     A model compiled by `torch.compile`, or wrapped in DataParallel, is explained by the network inside, run
     eagerly on the images' device; `compile` compiles the explanation.
@@ -82,6 +93,9 @@ class Explainer:
             linear layer of the mean over the layer's positions nothing is pulled back, and this does not apply.
         memory_budget: bytes that the gradients and cotangents of several targets may take at a time (an estimate;
             what one target needs is taken in any case).
+        memory_format: the order in memory that images are handed to the model in. "auto": channels-last where
+            networks are known to be faster so, as the images come elsewhere (see `memory_format.FasterFormat`). A
+            `torch.memory_format`: always that; `torch.preserve_format`: always as they come.
 
     Raises:
         TypeError: an argument is not of a type above.
@@ -101,6 +115,7 @@ class Explainer:
         relu: bool = True,
         chunk_size: int | None = None,
         memory_budget: int = DEFAULT_MEMORY_BUDGET,
+        memory_format: str | torch.memory_format = AUTO,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module; got {type(model).__name__}")
@@ -133,7 +148,9 @@ class Explainer:
         self.memory_budget = memory_budget
         self._all_layers = isinstance(layers, str) and layers == ALL and ALL not in dict(self.model.named_modules())
         self._layers = None if layers is None or self._all_layers else resolve_layers(self.model, layers)
-        self._habits = HabitBook()
+        self.memory_format = check_memory_format(memory_format)
+        faster = FasterFormat(self.model) if self.memory_format == AUTO else _as_they_come
+        self._habits = HabitBook(faster, _agree)
 
     @property
     def _recipe(self) -> Recipe:
@@ -170,9 +187,9 @@ class Explainer:
         requested = parse_classes(classes, images.shape[0])
         with evaluating(self.model):
             # The user's images stay outside the graph; tensors made under inference mode cannot enter one.
-            images = ordinary(images)
+            images = in_format(ordinary(images), self.memory_format)
             layers = self._resolved(images)
-            return self._habits.follow(images, lambda habits: self._attempt(images, layers, requested, habits))
+            return self._habits.follow(images, lambda given, habits: self._attempt(given, layers, requested, habits))
 
     def compile(self, **options: Any) -> CompiledExplainer:
         """An explainer with the same results, compiled by `torch.compile` from the images to the maps.
@@ -205,7 +222,7 @@ class Explainer:
     def _explain_watched(self, images: Tensor, watch: Callable[[Tail], None]) -> Explanation:
         """A careful explanation, for whose recorded pass `watch` is called."""
         with evaluating(self.model):
-            images = ordinary(images)
+            images = in_format(ordinary(images), self.memory_format)
             return self._attempt(images, self._resolved(images), None, Habits(), watch)[0]
 
     def _resolved(self, images: Tensor) -> dict[str, nn.Module]:
@@ -287,3 +304,13 @@ class Explainer:
             normalize=self.normalize,
         )
         return explanation, learned.after(captured)
+
+
+def _as_they_come(images: Tensor) -> None:
+    return None
+
+
+def _agree(one: Explanation, other: Explanation) -> bool:
+    pairs = [(one.logits, other.logits)]
+    pairs += [(maps, other.layer_maps[name]) for name, maps in one.layer_maps.items()]
+    return all(same_but_for_rounding(*pair) for pair in pairs)

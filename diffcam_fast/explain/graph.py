@@ -38,6 +38,9 @@ class Pool:
 
     positions: int
 
+    shape: tuple[int, int]
+    """Of the pooled vectors: (N, C)."""
+
 
 @dataclass
 class Tail:
@@ -77,7 +80,8 @@ class Tail:
             return None
         if layer.handed_on is not layer.output and _has_hooks(layer.used.node):
             return None
-        return Pool(GradientEdge(users[0], 0), layer.output.shape[2:].numel())
+        images, channels, *size = layer.output.shape
+        return Pool(GradientEdge(users[0], 0), torch.Size(size).numel(), (images, channels))
 
     def head_weight(self, name: str, *, without_hooks: bool = False) -> Tensor | None:
         """The weight (K, C), where the logits are one linear layer of the layer's pooled vector; else None.
@@ -123,7 +127,9 @@ class Tail:
         while node is not None and consumers.get((node, number)) == [user]:
             if node is pool.edge.node:
                 return shaped
-            if node.name() not in _SHAPING or len(node.next_functions) != 1 or _has_hooks(node):
+            if not (node.name() in _SHAPING or _only_strides(node, pool)):
+                return None
+            if len(node.next_functions) != 1 or _has_hooks(node):
                 return None
             user, (node, number) = node, node.next_functions[0]
             shaped += 1
@@ -178,7 +184,25 @@ def _are_bare(linear: Node, shaped: int) -> bool:
     if vector is None or vector is not (known._saved_mat1 if linear.name() == "AddmmBackward0" else known._saved_self):
         return False
     passed = [vector] if vector._base is None else [vector, vector._base]
-    return len(passed) == shaped + 1 and not any(tensor._backward_hooks for tensor in passed)
+    # Strides that were changed in place made no tensor.
+    in_place = passed[-1].grad_fn is not None and _changes_strides(passed[-1].grad_fn)
+    return len(passed) + in_place == shaped + 1 and not any(tensor._backward_hooks for tensor in passed)
+
+
+def _changes_strides(node: Node) -> bool:
+    return node.name() in ("AsStridedBackward0", "AsStridedBackward1")
+
+
+def _only_strides(node: Node, pool: Pool) -> bool:
+    """Whether a node gives pooled vectors other strides alone, as pooling does after channels-last layers."""
+    known: Any = node
+    if not _changes_strides(node) or known._saved_storage_offset is not None:
+        return False
+    size, stride = known._saved_size, known._saved_stride
+    images, channels = pool.shape
+    if tuple(size[:2]) != pool.shape or any(length != 1 for length in size[2:]):
+        return False
+    return (channels == 1 or stride[1] == 1) and (images == 1 or stride[0] == channels)
 
 
 class _Reached(NamedTuple):

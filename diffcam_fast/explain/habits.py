@@ -5,13 +5,16 @@ the model computes once and keeps is an ordinary tensor, and the model gets copi
 may change. The passes that follow leave out what turned out not to be needed, and notice when it is needed after
 all: then the pass is done again with every precaution, from the same state of the random number generators, and
 the explainer takes no more chances with this model.
+
+Where another order in memory promises to be faster, the very first pass is done in both, and the other order is kept to
+if nothing but rounding tells the results apart: a model may depend on an order without saying so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,11 +40,13 @@ class Habits:
         untouched: layers whose outputs the model does not change in place; it gets no copies of them.
         linear_head: whether autograd agreed with the head's weight, where the graph shows a linear head; None: not
             known.
+        memory_format: the order in memory that the images are handed to the model in; None: as they come.
     """
 
     inference: bool = False
     untouched: frozenset[str] = frozenset()
     linear_head: bool | None = None
+    memory_format: torch.memory_format | None = None
 
     def with_head(self, linear: bool) -> Habits:
         """The same, knowing about the head."""
@@ -58,30 +63,51 @@ class Habits:
 CAUTIOUS = Habits()
 
 
-class HabitBook:
-    """The habits of one explainer, by what the images look like."""
+class HabitBook(Generic[Result]):
+    """The habits of one explainer, by what the images look like.
 
-    def __init__(self) -> None:
+    Args:
+        faster_format: the order in memory that a model is faster on; None where that is the images' own.
+        agree: whether two results of the same images could be one, rounded in two ways.
+    """
+
+    def __init__(
+        self, faster_format: Callable[[Tensor], torch.memory_format | None], agree: Callable[[Result, Result], bool]
+    ) -> None:
         self._known: dict[Hashable, Habits] = {}
         self._cautious = False
+        self._faster_format = faster_format
+        self._agree = agree
+        # Whether the model gives the same in another order; None: not tried.
+        self._any_format: bool | None = None
 
-    def follow(self, images: Tensor, attempt: Callable[[Habits], tuple[Result, Habits]]) -> Result:
+    def follow(self, images: Tensor, attempt: Callable[[Tensor, Habits], tuple[Result, Habits]]) -> Result:
         """Do a pass by the habits known for such images; again with every precaution where that fails.
 
         Args:
             images: what the pass is over.
-            attempt: does the pass; returns its result, and the habits for the next one.
+            attempt: does the pass over them, in whatever order in memory it is handed them; returns its result, and
+                the habits for the next one.
         """
         cast = autocast_dtype(images.device.type)
         signature = images.shape, images.stride(), images.dtype, images.device, cast
         habits = self._known.get(signature)
-        if habits is None or self._cautious:
-            result, learned = attempt(CAUTIOUS if habits is None else replace(CAUTIOUS, linear_head=habits.linear_head))
+        if self._cautious:
+            result, learned = attempt(images, CAUTIOUS if habits is None else _cautious(habits))
             self._learn(signature, learned)
             return result
+        if habits is None:
+            faster = self._faster_format(images)
+            if faster is None or self._any_format is False:
+                result, learned = attempt(images, CAUTIOUS)
+                self._learn(signature, learned)
+                return result
+            if self._any_format is None:
+                return self._try_format(images, attempt, signature, faster)
+            habits = replace(CAUTIOUS, memory_format=faster)
         random = _random_state(images.device)
         try:
-            result, learned = attempt(habits)
+            result, learned = attempt(_ordered(images, habits), habits)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:
@@ -91,14 +117,48 @@ class HabitBook:
                 self._learn(signature, learned)
             return result
         _restore_random_state(images.device, random)
-        result, _ = attempt(replace(CAUTIOUS, linear_head=habits.linear_head))
+        result, _ = attempt(images, _cautious(habits))
         self._cautious = True
+        return result
+
+    def _try_format(
+        self,
+        images: Tensor,
+        attempt: Callable[[Tensor, Habits], tuple[Result, Habits]],
+        signature: Hashable,
+        faster: torch.memory_format,
+    ) -> Result:
+        """The first pass, and the same once more in another order, which is kept to if the results agree."""
+        random = _random_state(images.device)
+        result, learned = attempt(images, CAUTIOUS)
+        after = _random_state(images.device)
+        _restore_random_state(images.device, random)
+        tried = replace(CAUTIOUS, linear_head=learned.linear_head, memory_format=faster)
+        try:
+            again, learned_again = attempt(_ordered(images, tried), tried)
+            self._any_format = self._agree(again, result)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever it is, the images' own order does without it
+            self._any_format = False
+        if self._any_format:
+            result, learned = again, learned_again
+        _restore_random_state(images.device, after)
+        self._learn(signature, learned)
         return result
 
     def _learn(self, signature: Hashable, habits: Habits) -> None:
         if len(self._known) >= _SIGNATURES:
             self._known.clear()
         self._known[signature] = habits
+
+
+def _cautious(habits: Habits) -> Habits:
+    return replace(CAUTIOUS, linear_head=habits.linear_head)
+
+
+def _ordered(images: Tensor, habits: Habits) -> Tensor:
+    return images if habits.memory_format is None else images.contiguous(memory_format=habits.memory_format)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -124,6 +124,34 @@ OTHERS: dict[str, Forward] = {
         _hooked(y.mean((2, 3)), lambda p: p.grad_fn.register_prehook(_double_outputs))
     ),
 }
+RESTRIDED: dict[str, tuple[str, Forward]] = {
+    "adaptive pooling": ("head", lambda m, y: m.last(functional.adaptive_avg_pool2d(y, 1).flatten(1))),
+    "adaptive pooling module": ("head", lambda m, y: m.last(torch.flatten(m.pool(y), 1))),
+    "by hand, in place": (
+        "head",
+        lambda m, y: m.last(y.mean((2, 3), keepdim=True).as_strided_((2, 6, 1, 1), (6, 1, 6, 6)).flatten(1)),
+    ),
+    "by hand, another tensor": (
+        "pooled",
+        lambda m, y: m.last(y.mean((2, 3), keepdim=True).as_strided((2, 6, 1, 1), (6, 1, 6, 6)).flatten(1)),
+    ),
+    "channels in another order": ("pooled", lambda m, y: m.last(y.mean((2, 3)).as_strided_((2, 6), (1, 2)))),
+    "one image twice": ("pooled", lambda m, y: m.last(y.mean((2, 3)).as_strided_((2, 6), (0, 1)))),
+    "from the second channel on": (
+        "pooled",
+        lambda m, y: m.last(torch.cat([y.mean((2, 3)).as_strided((2, 5), (6, 1), 1), y.new_zeros(2, 1)], 1)),
+    ),
+    "hook before the strides": (
+        "pooled",
+        lambda m, y: m.last(_hooked(y.mean((2, 3)), lambda p: p.register_hook(_double)).as_strided_((2, 6), (6, 1))),
+    ),
+    "hook after the strides": (
+        "pooled",
+        lambda m, y: m.last(
+            _hooked(functional.adaptive_avg_pool2d(y, 1), lambda p: p.register_hook(_double)).flatten(1)
+        ),
+    ),
+}
 ALL = {**BARE, **LINEAR, **POOLED, **OTHERS}
 FEW: list[Any] = [None, [[0, 1, 2]] * 2]
 MANY = [list(range(5)) * 4] * 2
@@ -167,6 +195,20 @@ def test_heads_that_look_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> No
                     assert kind == ("pooled" if classes is None else "head")
                 else:
                     assert kind == ("pooled" if name in POOLED else "all positions")
+
+
+@pytest.mark.parametrize("name", RESTRIDED)
+def test_pooled_vectors_in_other_strides(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, tail = RESTRIDED[name]
+    network = Head(tail).double().eval()
+    network.pool = nn.AdaptiveAvgPool2d(1)
+    images = network.images().contiguous(memory_format=torch.channels_last)
+    explainer = Explainer(network, "layer")
+    expected = Explainer(network, "layer", reshape=lambda y: y)(images, [0, 1])
+    for _ in range(2):
+        found, made_from = _kind(explainer, images, [0, 1], monkeypatch)
+        torch.testing.assert_close(found.maps, expected.maps, **ROUNDING)
+        assert made_from == kind
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,0 +1,271 @@
+"""Images handed on in another order in memory: when, with the same result, and what happens where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffcam_fast.compat.pytorch_grad_cam import GradCAM
+from diffcam_fast.explain import Explainer
+from diffcam_fast.explain.memory_format import MANY_POSITIONS, FasterFormat, same_but_for_rounding
+from tests.explain.test_side_effects import SURROUNDINGS, _unchanged
+
+
+class Depthwise(nn.Module):
+    """A small network with a depthwise convolution, which notes the order of what it gets."""
+
+    def __init__(self, tail: Callable[[Depthwise, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.stem, self.wide = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.layer, self.head = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.tail = tail or (lambda model, y: model.head(model.pool(y).flatten(1)))
+        self.channels_last: list[bool] = []
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.channels_last.append(x.is_contiguous(memory_format=torch.channels_last))
+        return self.tail(self, self.layer(functional.relu6(self.wide(self.stem(x)))))
+
+
+def _images(count: int = 2, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, 3, 12, 10, generator=torch.Generator().manual_seed(5)).to(dtype)
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the processors that the rule was measured on, whatever this one is."""
+    monkeypatch.setattr("diffcam_fast.explain.memory_format._is_measured_here", lambda: True)
+
+
+class TestRule:
+    def test_depthwise_convolutions(self) -> None:
+        rule = FasterFormat(Depthwise())
+        assert rule(_images()) is rule(_images(1)) is torch.channels_last
+        assert rule(_images().bfloat16()) is torch.channels_last
+
+    def test_many_positions(self) -> None:
+        rule = FasterFormat(nn.Conv2d(4, 8, 3, groups=2))
+        side = 64
+        count = MANY_POSITIONS // side**2
+        assert rule(torch.zeros(count, 4, side, side)) is torch.channels_last
+        assert rule(torch.zeros(count - 1, 4, side, side)) is None
+
+    @pytest.mark.parametrize(
+        "images",
+        [
+            _images().contiguous(memory_format=torch.channels_last),
+            _images()[:, :, ::2],
+            _images()[:, :1],
+            _images(0),
+            _images().double(),
+            _images().half(),
+            _images().to("meta"),
+            torch.randn(2, 3, 12),
+            torch.randn(2, 3, 4, 4, 4),
+        ],
+        ids=lambda images: f"{tuple(images.shape)} {images.stride()} {images.dtype} {images.device}",
+    )
+    def test_images_that_stay_as_they_are(self, images: Tensor) -> None:
+        assert FasterFormat(Depthwise())(images) is None
+
+    def test_processors_that_nothing_is_known_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.undo()
+        monkeypatch.setattr("platform.machine", lambda: "aarch64")
+        assert FasterFormat(Depthwise())(_images()) is None
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+def test_same_maps_in_both_orders(method: str, surroundings: str) -> None:
+    model, images = Depthwise(), _images()
+    expected = Explainer(model, "layer", method, memory_format=torch.preserve_format)
+    explainer = Explainer(model, "layer", method)
+    with SURROUNDINGS[surroundings]():
+        wanted = expected(images, [[0, 1]] * 2)
+        model.channels_last.clear()
+        found = []
+        for _ in range(3):
+            with _unchanged(model):
+                found.append(explainer(images, [[0, 1]] * 2))
+    assert model.channels_last == [False, True, True, True]
+    rounding = {"rtol": 0, "atol": 0.05 if "autocast" in surroundings else 1e-5}
+    for explanation in found:
+        torch.testing.assert_close(explanation.logits, wanted.logits, **rounding)
+        torch.testing.assert_close(explanation.maps, wanted.maps, **rounding)
+        # One order from the first result on: the same images give the same result.
+        assert torch.equal(explanation.logits, found[0].logits)
+    torch.testing.assert_close(found[1].maps, found[2].maps, rtol=0, atol=0)
+
+
+def test_other_shapes_are_not_tried_again() -> None:
+    model = Depthwise()
+    explainer = Explainer(model, "layer")
+    for count in (2, 3, 1):
+        for _ in range(2):
+            explainer(_images(count))
+    assert model.channels_last == [False, *[True] * 6]
+
+
+def _view(model: Depthwise, y: Tensor) -> Tensor:
+    return model.head(y.view(len(y), -1).reshape(len(y), 16, -1).mean(2))
+
+
+def _memory(model: Depthwise, y: Tensor) -> Tensor:
+    # What a kernel does that takes every tensor for contiguous.
+    return model.head(
+        torch.as_strided(y, y.shape, (y.shape[1:].numel(), y.shape[2:].numel(), y.shape[3], 1)).amax((2, 3))
+    )
+
+
+@pytest.mark.parametrize("tail", [_view, _memory])
+def test_models_that_depend_on_an_order(tail: Callable[[Depthwise, Tensor], Tensor]) -> None:
+    model, images = Depthwise(tail), _images()
+    expected = Explainer(model, "layer", memory_format=torch.preserve_format)(images)
+    model.channels_last.clear()
+    explainer = Explainer(model, "layer")
+    for _ in range(3):
+        found = explainer(images)
+        assert torch.equal(found.logits, expected.logits)
+        torch.testing.assert_close(found.maps, expected.maps)
+    explainer(_images(3))
+    assert model.channels_last == [False, True, False, False, False]
+
+
+def test_an_error_is_not_hidden_by_another_order() -> None:
+    def broken(model: Depthwise, y: Tensor) -> Tensor:
+        raise ValueError("out of luck")
+
+    model = Depthwise(broken)
+    with pytest.raises(ValueError, match="out of luck"):
+        Explainer(model, "layer")(_images())
+    assert model.channels_last == [False]
+
+
+def test_random_numbers_are_drawn_once() -> None:
+    model = Depthwise(lambda m, y: m.head(functional.dropout(y.mean((2, 3)), 0.5)))
+    explainer, images = Explainer(model, "layer"), _images()
+    torch.manual_seed(7)
+    found = explainer(images)
+    after = torch.rand(1)
+    assert model.channels_last == [False, True]
+    torch.manual_seed(7)
+    torch.testing.assert_close(found.logits, model(images))
+    assert torch.equal(after, torch.rand(1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format, torch.preserve_format])
+@pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format])
+def test_an_order_of_ones_own(memory_format: torch.memory_format, given: torch.memory_format) -> None:
+    model, images = Depthwise(), _images().contiguous(memory_format=given)
+    expected = Explainer(model, "layer", memory_format=torch.preserve_format)(_images())
+    model.channels_last.clear()
+    explainer = Explainer(model, "layer", memory_format=memory_format)
+    for _ in range(2):
+        torch.testing.assert_close(explainer(images).maps, expected.maps)
+    kept = given if memory_format == torch.preserve_format else memory_format
+    assert model.channels_last == [kept == torch.channels_last] * 2
+
+
+def test_volumes_in_an_order_of_ones_own() -> None:
+    seen: list[bool] = []
+    model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last_3d))
+    )
+    images = torch.randn(2, 2, 6, 6, 6)
+    found = Explainer(model, "1", memory_format=torch.channels_last_3d)(images)
+    torch.testing.assert_close(found.maps, Explainer(model, "1")(images).maps)
+    assert seen == [True, False]
+    with pytest.raises(ValueError, match=r"memory_format: .*channels_last is for images of 4 dimensions; got shape"):
+        Explainer(model, "1", memory_format=torch.channels_last)(images)
+
+
+def test_an_order_of_ones_own_for_a_compiled_explainer() -> None:
+    images = _images()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    seen: list[tuple[int, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        seen.extend(value.stride() for value in inputs if value.shape == images.shape)
+        return graph
+
+    explainer = Explainer(model, "1", memory_format=torch.channels_last)
+    torch.testing.assert_close(explainer.compile(backend=backend)(images).maps, explainer(images).maps)
+    assert seen == [images.contiguous(memory_format=torch.channels_last).stride()]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("channels_last", ValueError, "memory_format: expected 'auto' or a torch.memory_format; got 'channels_last'"),
+        (None, TypeError, "memory_format: expected 'auto' or a torch.memory_format; got NoneType"),
+        (torch.strided, TypeError, "memory_format: expected 'auto' or a torch.memory_format; got layout"),
+    ],
+)
+def test_what_is_no_order(given: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Explainer(Depthwise(), memory_format=given)
+
+
+class TestRounding:
+    def test_what_rounding_does(self) -> None:
+        values = torch.randn(4, 50)
+        assert same_but_for_rounding(values.bfloat16(), (values * (1 + 1e-3)).bfloat16())
+        assert not same_but_for_rounding(values, values.flip(1))
+        assert not same_but_for_rounding(values, values[:2])
+
+    def test_values_that_are_not_finite(self) -> None:
+        values = torch.randn(4, 50)
+        values[0, 0], values[1, 1] = torch.nan, torch.inf
+        assert same_but_for_rounding(values, values.clone())
+        assert not same_but_for_rounding(values, values.nan_to_num())
+        assert same_but_for_rounding(values[:1, :1], values[:1, :1])
+
+    def test_constants(self) -> None:
+        assert same_but_for_rounding(torch.zeros(3), torch.zeros(3))
+        assert not same_but_for_rounding(torch.ones(3), torch.zeros(3))
+
+
+class TestDropIn:
+    def test_same_maps_and_tensors_in_the_usual_order(self) -> None:
+        model, images = Depthwise(), _images()
+        expected = GradCAM(model, [model.layer], strict=True)
+        wanted = expected(images)
+        model.channels_last.clear()
+        cam = GradCAM(model, [model.layer])
+        for _ in range(2):
+            torch.testing.assert_close(torch.from_numpy(cam(images)), torch.from_numpy(wanted), rtol=0, atol=1e-5)
+            for name in ("activations", "gradients"):
+                (mine,), (theirs,) = (
+                    getattr(cam.activations_and_grads, name),
+                    getattr(expected.activations_and_grads, name),
+                )
+                torch.testing.assert_close(mine, theirs)
+                assert name == "gradients" or mine.stride() == theirs.stride()
+        assert model.channels_last == [False, True, True]
+
+    def test_outputs_with_positions_are_in_the_usual_order(self) -> None:
+        model, images = Depthwise(lambda m, y: functional.interpolate(y.sin(), scale_factor=2)), _images()
+        targets = [lambda output: output.reshape(16, -1)[3].sum()] * 2
+        cam = GradCAM(model, [model.layer])
+        expected = GradCAM(model, [model.layer], strict=True)(images, targets)
+        for _ in range(2):
+            torch.testing.assert_close(torch.from_numpy(cam(images, targets)), torch.from_numpy(expected))
+            assert cam.outputs.is_contiguous()
+        assert model.channels_last == [False, False, True, True]
+
+    def test_targets_that_depend_on_an_order(self) -> None:
+        model, images = Depthwise(lambda m, y: y.sin()), _images()
+        targets = [lambda output: output.view(-1)[5:70].sum()] * 2
+        cam = GradCAM(model, [model.layer])
+        expected = GradCAM(model, [model.layer], strict=True)(images, targets)
+        for _ in range(2):
+            torch.testing.assert_close(torch.from_numpy(cam(images, targets)), torch.from_numpy(expected))
+        assert model.channels_last == [False, False, True, False]

@@ -16,6 +16,7 @@ from benchmarks.speed import (
     bench_growth,
     bench_logit_difference,
     bench_memory,
+    bench_memory_format,
     bench_overlay,
     bench_region_shift,
     bench_saliency_contrast,
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[bool], report.Report]] = {
     "region_shift": bench_region_shift.run,
     "growth": bench_growth.run,
     "memory": bench_memory.run,
+    "memory_format": bench_memory_format.run,
 }
 
 

@@ -56,6 +56,7 @@ def end_to_end(content: Content) -> list[str]:
         Column("network, batch", "place"),
         Column("diffcam_fast", "ours", "s"),
         Column("floor", "floor", ".2f"),
+        Column("channels-last", "channels_last", ".2f"),
         *(Column(peers.PEERS[name].title, name, "s") for name in present),
     ]
     return table_lines(Table("", rows, columns))
@@ -66,6 +67,8 @@ def _marked(row: Row, present: Sequence[str], bars: Sequence[Content]) -> Row:
     label = f"{row['work']}, {row['network']}, batch {row['batch']}"
     missed = any(label in bar["missed"] for bar in bars if bar["column"] in ("multiple", "vs_floor"))
     found = {"work": row["work"], "place": place, "floor": row["floor"]}
+    if "channels_last" in row:
+        found["channels_last"] = row["channels_last"]
     found["ours"] = f"**{row['multiple']:.3f}, missed**" if missed else f"{row['multiple']:.3f}"
     for name in present:
         if name in row:

@@ -17,9 +17,11 @@ from diffcam_fast.benchmark.report import Column, Report, Row, Table
 INTRODUCTION = """\
 Prediction and finished maps at the size of the images (Grad-CAM of one logit an image, at layer {layer}), as a multiple
 of plain inference under `inference_mode`. *floor*: plain inference plus the bare pull-back from the logits to the
-layer, of a graph that is there already. All alternate in one process; multiples are medians of the quotients of single
-rounds, with their p20 and p80. Everybody's maps were checked against ours, ours against plain PyTorch, before anything
-was timed.{absent}"""
+layer, of a graph that is there already. *channels-last*: plain inference on images in that order in memory, and *vs
+faster*: our time by that of plain inference in the faster order; by itself the explainer hands contiguous images on
+channels-last where networks are known to be faster so. All alternate in one process; multiples are medians of the
+quotients of single rounds, with their p20 and p80. Everybody's maps were checked against ours, ours against plain
+PyTorch, before anything was timed.{absent}"""
 
 
 @dataclass(frozen=True)
@@ -52,16 +54,25 @@ def row(
 
     Returns:
         `multiple` of plain inference, `floor` as another, `vs_floor` by that, and `beyond_floor_us` in microseconds;
+        `channels_last`, plain inference on channels-last images, as another multiple, and `vs_faster`, ours by the
+        faster of both;
         each other's own multiple under its name and ours by it as `vs_NAME`; times in milliseconds.
 
     Raises:
         WrongResult: somebody's maps are not ours, or ours not those of plain PyTorch.
     """
-    candidates = {"inference": inference(work), "ours": ours(work), "floor": floor.candidate, **others}
+    candidates = {
+        "inference": inference(work),
+        "channels_last": inference(work, channels_last=True),
+        "ours": ours(work),
+        "floor": floor.candidate,
+        **others,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what other libraries warn of in each call
         timings, errors = compare(candidates, what=what, effort=effort, clock=WallClock(device))
-    plain, mine, least = (timings[name] for name in ("inference", "ours", "floor"))
+    plain, last, mine, least = (timings[name] for name in ("inference", "channels_last", "ours", "floor"))
+    faster = min(plain, last, key=lambda timing: timing.median)
     parts = (least,) if floor.contains_inference else (plain, least)
     bare = least.multiple("bare", plain)["bare"]
     found: Row = {
@@ -71,6 +82,8 @@ def row(
         "floor": bare if floor.contains_inference else 1 + bare,
         **mine.multiple("vs_floor", *parts),
         "beyond_floor_us": 1e6 * mine.beyond(*parts),
+        **last.multiple("channels_last", plain),
+        **mine.multiple("vs_faster", faster),
         **plain.milliseconds("inference_"),
         **mine.milliseconds("ours_"),
         **least.milliseconds("bare_"),
@@ -96,6 +109,8 @@ def columns(present: Sequence[str]) -> list[Column]:
         Column("p80", "multiple_p80", ".3f"),
         Column("floor", "floor", ".3f"),
         Column("vs floor", "vs_floor", ".3f"),
+        Column("channels-last", "channels_last", ".3f"),
+        Column("vs faster", "vs_faster", ".3f"),
         *(Column(peers.PEERS[name].title, name, ".2f") for name in present),
         Column("inference ms", "inference_ms", ".3g"),
         Column("rounds", "rounds", "d"),

@@ -148,14 +148,21 @@ def ours(work: Work, *, compiled: bool = False) -> Candidate:
     return Candidate(explaining(work, compiled=compiled), lambda found: error_of_maps(found[1], expected), TOLERANCE)
 
 
-def inference(work: Work, *, compiled: bool = False) -> Candidate:
-    """The model alone, or compiled by `torch.compile`; its logits have to be those of the explanation."""
+def inference(work: Work, *, compiled: bool = False, channels_last: bool = False) -> Candidate:
+    """The model alone; its logits have to be those of the explanation.
+
+    Args:
+        work: whose model, and on which images.
+        compiled: whether by `torch.compile`.
+        channels_last: whether the images are in that order in memory; no copy of them is in the time.
+    """
     logits = explaining(work)(0)[0].logits
+    images = work.images.contiguous(memory_format=torch.channels_last) if channels_last else work.images
     model: Any = torch.compile(work.model, fullgraph=True, dynamic=False) if compiled else work.model
 
     def run(copy: int) -> Tensor:
         with torch.inference_mode():
-            found: Tensor = model(work.images)
+            found: Tensor = model(images)
             return found
 
     def error(found: Tensor) -> float:

@@ -26,7 +26,7 @@ def _files(folder: Path) -> set[str]:
 def test_quick_run_writes_results_with_their_origin(name: str, tmp_path: Path) -> None:
     if name in ("cam", "logit_difference", "overlay", "saliency_contrast") and absent_because("cpu") is not None:
         pytest.skip(f"no compiled kernels: {absent_because('cpu')}")
-    if name in ("end_to_end", "growth", "compat"):
+    if name in ("end_to_end", "growth", "compat", "memory_format"):
         pytest.importorskip("tests.helpers.torchvision_cpu")
     threads = torch.get_num_threads()
 

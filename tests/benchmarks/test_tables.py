@@ -24,7 +24,7 @@ def test_the_pages_show_the_committed_results(page: Path) -> None:
 
 def test_results_fill_their_places(tmp_path: Path) -> None:
     rows = [
-        result_row(ONE, "resnet50", 1, multiple=1.234),
+        result_row(ONE, "resnet50", 1, multiple=1.234, channels_last=0.75),
         result_row(ALL, "resnet50", 8, classes=1000, torchcam_classes=50, torchcam_layers=1),
         result_row(OVERHEAD, "small network", 1, multiple=3.0),
     ]
@@ -34,8 +34,8 @@ def test_results_fill_their_places(tmp_path: Path) -> None:
     text = tables.render(PLACES, tmp_path)
 
     assert "old" not in text and "\nprose\n" in text
-    assert "| one class, last layer | resnet50, 1 | **1.234, missed** | 1.00 | 2.00 | 2.00 |" in text
-    assert "| all 1000 classes | resnet50, 8 | 1.000 | 1.00 | 2.00 | over 2.00 |" in text
+    assert "| one class, last layer | resnet50, 1 | **1.234, missed** | 1.00 | 0.75 | 2.00 | 2.00 |" in text
+    assert "| all 1000 classes | resnet50, 8 | 1.000 | 1.00 | - | 2.00 | over 2.00 |" in text
     assert "small network" not in text
     assert text.endswith("<!-- results: cam bars -->\n<!-- end -->\n")  # there is no result of that name
     assert tables.render(text, tmp_path) == text

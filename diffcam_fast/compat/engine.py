@@ -15,7 +15,6 @@ from diffcam_fast.explain.explainer import DEFAULT_MEMORY_BUDGET
 from diffcam_fast.explain.graph import Tail
 from diffcam_fast.explain.habits import CAUTIOUS, HabitBook, Habits
 from diffcam_fast.explain.layers import run_eagerly, unwrapped
-from diffcam_fast.explain.memory_format import FasterFormat, same_but_for_rounding
 from diffcam_fast.explain.pull_back import check_differentiable, pull_back
 from diffcam_fast.reference.cam import accumulation_dtype
 
@@ -106,7 +105,8 @@ class Engine:
         self._order = [names[id(layer)] for layer in layers]
         self._reshape = reshape
         self._as_changed = as_changed
-        self._habits = HabitBook(FasterFormat(self.model), _agree)
+        # In the order that the images come in: in another one a network rounds otherwise than for the original.
+        self._habits: HabitBook[Record] = HabitBook()
 
     def activations(self, images: Tensor) -> Record:
         """One forward pass, of which nothing is recorded."""
@@ -143,12 +143,8 @@ class Engine:
                 found, habits = self._from_logits(outputs, wanted, captured, habits)
             gradients = {name: self._reshaped_gradient(gradient) for name, gradient in found.items()}
             activations = {name: self._activations(layer) for name, layer in captured.items()}
-        outputs = detached(outputs)
-        if habits.memory_format is not None and isinstance(outputs, Tensor):
-            # What the model would have put out in the images' own order.
-            outputs = outputs.contiguous()
         record = Record(
-            outputs,
+            detached(outputs),
             [activations[name] for name in self._order],
             [gradients[name] for name in self._order],
         )
@@ -303,14 +299,6 @@ def _named(model: nn.Module, layers: Sequence[Any]) -> dict[str, nn.Module]:
         if all(layer is not other for other in found.values()):
             found[known.get(id(layer)) or f"number {number}"] = layer
     return found
-
-
-def _agree(one: Record, other: Record) -> bool:
-    pairs = [*zip(one.activations, other.activations, strict=True)]
-    pairs += zip(one.gradients or [], other.gradients or [], strict=True)
-    if isinstance(one.outputs, Tensor):
-        pairs.append((one.outputs, other.outputs))
-    return all(same_but_for_rounding(*pair) for pair in pairs)
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:

@@ -61,9 +61,9 @@ class Explainer:
     it is needed after all, as by a tail that multiplies with tensors from before the layer, the pass is done again
     carefully, once, and so are all later ones.
 
-    On a CPU, networks with depthwise convolutions, and any network for many images, are run on channels-last copies of
-    contiguous images, which most are faster on; the first such pass is done in both orders, and logits and maps have to
-    agree but for rounding, or the images stay as they are. `memory_format` says otherwise.
+    On a CPU, networks with depthwise convolutions are run on channels-last copies of contiguous images, which they are
+    faster on; the first such pass is done in both orders, and logits and maps have to agree but for rounding, or the
+    images stay as they are. `memory_format` says otherwise.
 
     A model compiled by `torch.compile`, or wrapped in DataParallel, is explained by the network inside, run
     eagerly on the images' device; `compile` compiles the explanation.
@@ -149,8 +149,7 @@ class Explainer:
         self._all_layers = isinstance(layers, str) and layers == ALL and ALL not in dict(self.model.named_modules())
         self._layers = None if layers is None or self._all_layers else resolve_layers(self.model, layers)
         self.memory_format = check_memory_format(memory_format)
-        faster = FasterFormat(self.model) if self.memory_format == AUTO else _as_they_come
-        self._habits = HabitBook(faster, _agree)
+        self._habits = HabitBook(FasterFormat(self.model) if self.memory_format == AUTO else None, _agree)
 
     @property
     def _recipe(self) -> Recipe:
@@ -304,10 +303,6 @@ class Explainer:
             normalize=self.normalize,
         )
         return explanation, learned.after(captured)
-
-
-def _as_they_come(images: Tensor) -> None:
-    return None
 
 
 def _agree(one: Explanation, other: Explanation) -> bool:

@@ -67,12 +67,15 @@ class HabitBook(Generic[Result]):
     """The habits of one explainer, by what the images look like.
 
     Args:
-        faster_format: the order in memory that a model is faster on; None where that is the images' own.
+        faster_format: the order in memory that a model is faster on; None where that is the images' own. None: images
+            stay as they are.
         agree: whether two results of the same images could be one, rounded in two ways.
     """
 
     def __init__(
-        self, faster_format: Callable[[Tensor], torch.memory_format | None], agree: Callable[[Result, Result], bool]
+        self,
+        faster_format: Callable[[Tensor], torch.memory_format | None] | None = None,
+        agree: Callable[[Result, Result], bool] | None = None,
     ) -> None:
         self._known: dict[Hashable, Habits] = {}
         self._cautious = False
@@ -97,7 +100,7 @@ class HabitBook(Generic[Result]):
             self._learn(signature, learned)
             return result
         if habits is None:
-            faster = self._faster_format(images)
+            faster = None if self._faster_format is None else self._faster_format(images)
             if faster is None or self._any_format is False:
                 result, learned = attempt(images, CAUTIOUS)
                 self._learn(signature, learned)
@@ -136,7 +139,7 @@ class HabitBook(Generic[Result]):
         tried = replace(CAUTIOUS, linear_head=learned.linear_head, memory_format=faster)
         try:
             again, learned_again = attempt(_ordered(images, tried), tried)
-            self._any_format = self._agree(again, result)
+            self._any_format = self._agree is not None and self._agree(again, result)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever it is, the images' own order does without it

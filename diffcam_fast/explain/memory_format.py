@@ -1,9 +1,10 @@
 """The order in memory that images are handed to a model in.
 
-Most convolutions of PyTorch on a CPU work on channels that lie next to each other, and reorder what they get and what
-they return for everybody else. Where convolutions do much arithmetic on few positions that is nothing; where they do
-little, or where images are many, a network that is handed channels-last images takes a tenth to a half less time
-(`benchmarks/results/memory_format.md`).
+Convolutions of PyTorch on a CPU work on channels that lie next to each other, and reorder what they get and what they
+return for everybody else. Depthwise convolutions do so little arithmetic that reordering takes a good part of their
+time: handed channels-last images, networks that are made of them take a tenth to a third less
+(`benchmarks/results/memory_format.md`). Many networks of dense convolutions gain as well, but not at every size, and
+their sums, which are long, are rounded in another way by other kernels: there the caller decides.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from torch import Tensor, nn
 
 AUTO = "auto"
 """Channels-last where that is known to be faster, as they come elsewhere."""
-
-#: Positions of all images together from which on dense convolutions are faster, too.
-MANY_POSITIONS = 8 * 224 * 224
 
 _FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -87,9 +85,7 @@ class FasterFormat:
             return None
         if not images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last):
             return None
-        if images.numel() == 0 or not _is_measured_here():
-            return None
-        if len(images) * images.shape[2:].numel() < MANY_POSITIONS and not self._has_depthwise():
+        if images.numel() == 0 or not _is_measured_here() or not self._has_depthwise():
             return None
         return torch.channels_last
 

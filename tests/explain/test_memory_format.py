@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from diffcam_fast.compat.pytorch_grad_cam import GradCAM
 from diffcam_fast.explain import Explainer
-from diffcam_fast.explain.memory_format import MANY_POSITIONS, FasterFormat, same_but_for_rounding
+from diffcam_fast.explain.memory_format import FasterFormat, same_but_for_rounding
 from tests.explain.test_side_effects import SURROUNDINGS, _unchanged
 
 
@@ -50,12 +50,9 @@ class TestRule:
         assert rule(_images()) is rule(_images(1)) is torch.channels_last
         assert rule(_images().bfloat16()) is torch.channels_last
 
-    def test_many_positions(self) -> None:
-        rule = FasterFormat(nn.Conv2d(4, 8, 3, groups=2))
-        side = 64
-        count = MANY_POSITIONS // side**2
-        assert rule(torch.zeros(count, 4, side, side)) is torch.channels_last
-        assert rule(torch.zeros(count - 1, 4, side, side)) is None
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_other_convolutions(self, groups: int) -> None:
+        assert FasterFormat(nn.Conv2d(4, 8, 3, groups=groups))(torch.zeros(64, 4, 64, 64)) is None
 
     @pytest.mark.parametrize(
         "images",
@@ -233,39 +230,9 @@ class TestRounding:
         assert not same_but_for_rounding(torch.ones(3), torch.zeros(3))
 
 
-class TestDropIn:
-    def test_same_maps_and_tensors_in_the_usual_order(self) -> None:
-        model, images = Depthwise(), _images()
-        expected = GradCAM(model, [model.layer], strict=True)
-        wanted = expected(images)
-        model.channels_last.clear()
-        cam = GradCAM(model, [model.layer])
-        for _ in range(2):
-            torch.testing.assert_close(torch.from_numpy(cam(images)), torch.from_numpy(wanted), rtol=0, atol=1e-5)
-            for name in ("activations", "gradients"):
-                (mine,), (theirs,) = (
-                    getattr(cam.activations_and_grads, name),
-                    getattr(expected.activations_and_grads, name),
-                )
-                torch.testing.assert_close(mine, theirs)
-                assert name == "gradients" or mine.stride() == theirs.stride()
-        assert model.channels_last == [False, True, True]
-
-    def test_outputs_with_positions_are_in_the_usual_order(self) -> None:
-        model, images = Depthwise(lambda m, y: functional.interpolate(y.sin(), scale_factor=2)), _images()
-        targets = [lambda output: output.reshape(16, -1)[3].sum()] * 2
-        cam = GradCAM(model, [model.layer])
-        expected = GradCAM(model, [model.layer], strict=True)(images, targets)
-        for _ in range(2):
-            torch.testing.assert_close(torch.from_numpy(cam(images, targets)), torch.from_numpy(expected))
-            assert cam.outputs.is_contiguous()
-        assert model.channels_last == [False, False, True, True]
-
-    def test_targets_that_depend_on_an_order(self) -> None:
-        model, images = Depthwise(lambda m, y: y.sin()), _images()
-        targets = [lambda output: output.view(-1)[5:70].sum()] * 2
-        cam = GradCAM(model, [model.layer])
-        expected = GradCAM(model, [model.layer], strict=True)(images, targets)
-        for _ in range(2):
-            torch.testing.assert_close(torch.from_numpy(cam(images, targets)), torch.from_numpy(expected))
-        assert model.channels_last == [False, False, True, False]
+def test_drop_ins_keep_the_order_of_the_original() -> None:
+    model, images = Depthwise(), _images()
+    cam = GradCAM(model, [model.layer])
+    for _ in range(2):
+        cam(images)
+    assert model.channels_last == [False, False]

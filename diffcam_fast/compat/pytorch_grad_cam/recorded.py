@@ -38,7 +38,7 @@ class Recorded:
     def activations(self) -> list[Tensor]:
         """``(N, C, *positions)`` of each layer, after the reshaping."""
         if self.detach:
-            self._activations = [_plain(activations) for activations in self._activations]
+            self._activations = [activations.cpu() for activations in self._activations]
         return self._activations
 
     @property
@@ -48,7 +48,7 @@ class Recorded:
             self._gradients = _gradients_of(*self._taken)
             self._taken = None
         if self.detach:
-            self._gradients = [_plain(gradients) for gradients in self._gradients]
+            self._gradients = [gradients.cpu() for gradients in self._gradients]
         return self._gradients
 
     def take(self, record: Record, target: int | None = None) -> None:
@@ -100,14 +100,6 @@ class Recorded:
             return shown
         with torch.no_grad():
             return (value if self.reshape_transform is None else self.reshape_transform(value)).detach()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, and in the order in memory that callers have it in who never asked for another one."""
-    tensor = tensor.cpu()
-    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.contiguous()
-    return tensor
 
 
 def _gradients_of(record: Record, target: int | None) -> list[Tensor]:

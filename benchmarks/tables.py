@@ -56,7 +56,7 @@ def end_to_end(content: Content) -> list[str]:
         Column("network, batch", "place"),
         Column("diffcam_fast", "ours", "s"),
         Column("floor", "floor", ".2f"),
-        Column("channels-last", "channels_last", ".2f"),
+        *([Column("channels-last", "channels_last", ".2f")] if any("channels_last" in row for row in rows) else []),
         *(Column(peers.PEERS[name].title, name, "s") for name in present),
     ]
     return table_lines(Table("", rows, columns))

@@ -145,8 +145,8 @@ def explaining(work: Work, *, compiled: bool = False) -> Callable[[int], tuple[E
 
 def ours(work: Work, *, compiled: bool = False) -> Candidate:
     """The explainer, checked against Grad-CAM written out in plain PyTorch; see `explaining`."""
-    # In the order in memory that the explainer hands the images on in: what a network rounds otherwise in another one is
-    # not the explanation's.
+    # In the order in memory that the explainer hands the images on in: what a network rounds otherwise in another one
+    # is not the explanation's.
     order = None if compiled else FasterFormat(work.model)(work.images)
     given = work.images if order is None else work.images.contiguous(memory_format=order)
     expected = Plain(replace(work, images=given)).run(0)

@@ -61,7 +61,7 @@ class Explainer:
     it is needed after all, as by a tail that multiplies with tensors from before the layer, the pass is done again
     carefully, once, and so are all later ones.
 
-    On a CPU, networks with depthwise convolutions are run on channels-last copies of contiguous images, which they are
+    On a CPU, networks with depthwise convolutions are run on channels-last copies of contiguous images, which most are
     faster on; the first such pass is done in both orders, and logits and maps have to agree but for rounding, or the
     images stay as they are. `memory_format` says otherwise.
 
@@ -93,8 +93,8 @@ class Explainer:
             linear layer of the mean over the layer's positions nothing is pulled back, and this does not apply.
         memory_budget: bytes that the gradients and cotangents of several targets may take at a time (an estimate;
             what one target needs is taken in any case).
-        memory_format: the order in memory that images are handed to the model in. "auto": channels-last where
-            networks are known to be faster so, as the images come elsewhere (see `memory_format.FasterFormat`). A
+        memory_format: the order in memory that images are handed to the model in. "auto": channels-last on a CPU (x86,
+            float32 or bfloat16) where the model has depthwise convolutions, as the images come elsewhere. A
             `torch.memory_format`: always that; `torch.preserve_format`: always as they come.
 
     Raises:

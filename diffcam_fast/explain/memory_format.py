@@ -2,9 +2,9 @@
 
 Convolutions of PyTorch on a CPU work on channels that lie next to each other, and reorder what they get and what they
 return for everybody else. Depthwise convolutions do so little arithmetic that reordering takes a good part of their
-time: handed channels-last images, networks that are made of them take a tenth to a third less
-(`benchmarks/results/memory_format.md`). Many networks of dense convolutions gain as well, but not at every size, and
-their sums, which are long, are rounded in another way by other kernels: there the caller decides.
+time, and most networks that are made of them take less on channels-last images (`benchmarks/results/memory_format.md`).
+Many networks of dense convolutions gain as well, but not at every size, and their sums, which are long, are rounded in
+another way by other kernels: there the caller decides.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 AUTO = "auto"
-"""Channels-last where that is known to be faster, as they come elsewhere."""
+"""See `FasterFormat`."""
 
 _FORMATS = (torch.preserve_format, torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 _DIMENSIONS = {torch.channels_last: 4, torch.channels_last_3d: 5}

@@ -56,13 +56,15 @@ class Case:
     dtype: torch.dtype
     threads: int
 
-    @property
-    def what(self) -> str:
-        """Names it."""
-        return (
-            f"{self.network}, {self.batch} of {self.side} x {self.side}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{in_words(self.threads)}"
-        )
+    def columns(self) -> Row:
+        """The row's first cells."""
+        return {
+            "network": self.network,
+            "side": self.side,
+            "batch": self.batch,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+        }
 
 
 def cases(quick: bool) -> list[Case]:
@@ -96,14 +98,10 @@ def measure(case: Case, model: nn.Module, effort: Effort) -> Row:
         candidates = {
             name: Candidate(lambda copy, batch=batch: model(batch), error, tolerance) for name, batch in orders.items()
         }
-        timings, errors = compare(candidates, what=case.what, effort=effort)
+        timings, errors = compare(candidates, what=_label(case.columns()), effort=effort)
     chosen = FasterFormat(model)(given) is not None
     return {
-        "network": case.network,
-        "side": case.side,
-        "batch": case.batch,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "threads": case.threads,
+        **case.columns(),
         "rounds": timings["contiguous"].rounds,
         **timings["channels_last"].multiple("channels_last", timings["contiguous"]),
         "chosen": "channels-last" if chosen else "as it comes",
@@ -168,8 +166,11 @@ def report(found: list[Row]) -> Report:
                 applies=lambda row: row["chosen"] == "channels-last",
             )
         ],
-        label=lambda row: (
-            f"{row['network']}, {row['batch']} of {row['side']} x {row['side']}, {row['dtype']}, "
-            f"{in_words(row['threads'])}"
-        ),
+        label=_label,
+    )
+
+
+def _label(row: Row) -> str:
+    return (
+        f"{row['network']}, {row['batch']} of {row['side']} x {row['side']}, {row['dtype']}, {in_words(row['threads'])}"
     )

@@ -69,7 +69,7 @@ class HabitBook(Generic[Result]):
     Args:
         faster_format: the order in memory that a model is faster on; None where that is the images' own. None: images
             stay as they are.
-        agree: whether two results of the same images could be one, rounded in two ways.
+        agree: whether two results of the same images could be one, rounded in two ways; needed with `faster_format`.
     """
 
     def __init__(
@@ -132,21 +132,27 @@ class HabitBook(Generic[Result]):
         faster: torch.memory_format,
     ) -> Result:
         """The first pass, and the same once more in another order, which is kept to if the results agree."""
+        assert self._agree is not None
         random = _random_state(images.device)
         result, learned = attempt(images, CAUTIOUS)
         after = _random_state(images.device)
-        _restore_random_state(images.device, random)
+        # A model that drew nothing will not now; other threads may draw meanwhile, and must not be set back.
+        drawn = not _same_random_state(random, after)
+        if drawn:
+            _restore_random_state(images.device, random)
         tried = replace(CAUTIOUS, linear_head=learned.linear_head, memory_format=faster)
         try:
             again, learned_again = attempt(_ordered(images, tried), tried)
-            self._any_format = self._agree is not None and self._agree(again, result)
+            self._any_format = self._agree(again, result)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # whatever it is, the images' own order does without it
             self._any_format = False
+        finally:
+            if drawn:
+                _restore_random_state(images.device, after)
         if self._any_format:
             result, learned = again, learned_again
-        _restore_random_state(images.device, after)
         self._learn(signature, learned)
         return result
 
@@ -168,6 +174,12 @@ def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" and not capturing else None
     return torch.get_rng_state(), on_device
+
+
+def _same_random_state(one: tuple[Tensor, Tensor | None], other: tuple[Tensor, Tensor | None]) -> bool:
+    return all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other, strict=True)
+    )
 
 
 def _restore_random_state(device: torch.device, state: tuple[Tensor, Tensor | None]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffcam_fast.benchmark import end_to_end, explanations, peers
 from diffcam_fast.benchmark.explanations import Work, error_of_maps, images, twin
-from diffcam_fast.benchmark.measure import QUICK, Candidate, Effort, WrongResult, check
+from diffcam_fast.benchmark.measure import QUICK, Candidate, Effort, Timing, WrongResult, check
 from diffcam_fast.explain import Explainer, tokens_to_positions
 
 # Some of the peers import torchvision, which beside a CPU build of PyTorch takes a helper.
@@ -115,6 +115,36 @@ def test_wrong_maps_of_a_peer_are_refused(network: nn.Module, monkeypatch: pytes
     others = {"plain": peers.candidate("plain", work)}
     with pytest.raises(WrongResult, match=r"example: plain: error 0\.00"):
         end_to_end.row(work, floor, others, what="example", effort=QUICK)
+
+
+@pytest.mark.parametrize(("channels_last", "vs_faster"), [(1.5, 1.2), (0.5, 2.4)])
+def test_ours_beside_inference_in_the_faster_order(
+    channels_last: float, vs_faster: float, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"inference": 1.0, "channels_last": channels_last, "ours": 1.2, "floor": 0.1}
+
+    def compare(candidates: dict[str, Candidate], **options: object) -> tuple[dict[str, Timing], dict[str, float]]:
+        return {name: Timing.of([seconds[name]] * 3) for name in candidates}, dict.fromkeys(candidates, 0.0)
+
+    monkeypatch.setattr(end_to_end, "compare", compare)
+    work = _work(network)
+    floor = end_to_end.Floor(explanations.bare_pull_back(work))
+    found = end_to_end.row(work, floor, {}, what="example", effort=QUICK)
+    assert found["channels_last"] == pytest.approx(channels_last)
+    assert found["multiple"] == pytest.approx(1.2)
+    assert found["vs_faster"] == pytest.approx(vs_faster)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_inference_in_either_order(channels_last: bool, network: nn.Module) -> None:
+    seen: list[bool] = []
+    network.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    candidate = explanations.inference(_work(network), channels_last=channels_last)
+    seen.clear()
+    check({"inference": candidate}, "example")
+    assert seen == [channels_last]
 
 
 def test_wrong_logits_are_refused(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -157,6 +160,24 @@ def test_random_numbers_are_drawn_once() -> None:
     assert torch.equal(after, torch.rand(1))
 
 
+def test_a_model_that_draws_nothing_sets_no_generator_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_back: list[Tensor] = []
+    monkeypatch.setattr(torch, "set_rng_state", set_back.append)
+    model = Depthwise()
+    Explainer(model, "layer")(_images())
+    assert model.channels_last == [False, True]
+    assert set_back == []
+
+
+@pytest.mark.parametrize("memory_format", ["auto", torch.preserve_format])
+def test_explainers_can_be_copied_and_pickled(memory_format: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    explainer = Explainer(model, "0", memory_format=memory_format)
+    expected = explainer(_images()).maps
+    for other in (pickle.loads(pickle.dumps(explainer)), copy.deepcopy(explainer)):
+        assert torch.equal(other(_images()).maps, expected)
+
+
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format, torch.preserve_format])
 @pytest.mark.parametrize("given", [torch.channels_last, torch.contiguous_format])
 def test_an_order_of_ones_own(memory_format: torch.memory_format, given: torch.memory_format) -> None:
@@ -204,6 +225,7 @@ def test_an_order_of_ones_own_for_a_compiled_explainer() -> None:
     [
         ("channels_last", ValueError, "memory_format: expected 'auto' or a torch.memory_format; got 'channels_last'"),
         (None, TypeError, "memory_format: expected 'auto' or a torch.memory_format; got NoneType"),
+        (np.zeros(2), TypeError, "memory_format: expected 'auto' or a torch.memory_format; got ndarray"),
         (torch.strided, TypeError, "memory_format: expected 'auto' or a torch.memory_format; got layout"),
     ],
 )

@@ -136,6 +136,10 @@ RESTRIDED: dict[str, tuple[str, Forward]] = {
         lambda m, y: m.last(y.mean((2, 3), keepdim=True).as_strided((2, 6, 1, 1), (6, 1, 6, 6)).flatten(1)),
     ),
     "channels in another order": ("pooled", lambda m, y: m.last(y.mean((2, 3)).as_strided_((2, 6), (1, 2)))),
+    "an offset of one's own": (
+        "pooled",
+        lambda m, y: m.last(y.mean((2, 3), keepdim=True).as_strided_((2, 6, 1, 1), (6, 1, 6, 6), 0).flatten(1)),
+    ),
     "one image twice": ("pooled", lambda m, y: m.last(y.mean((2, 3)).as_strided_((2, 6), (0, 1)))),
     "from the second channel on": (
         "pooled",
@@ -204,6 +208,10 @@ def test_pooled_vectors_in_other_strides(name: str, monkeypatch: pytest.MonkeyPa
     network.pool = nn.AdaptiveAvgPool2d(1)
     images = network.images().contiguous(memory_format=torch.channels_last)
     explainer = Explainer(network, "layer")
+    # By the graph alone, before autograd is asked whether it says the same.
+    weights: list[Tensor | None] = []
+    explainer._explain_watched(images, lambda tail: weights.append(tail.head_weight("layer", without_hooks=True)))
+    assert (weights[0] is not None) == (kind == "head")
     expected = Explainer(network, "layer", reshape=lambda y: y)(images, [0, 1])
     for _ in range(2):
         found, made_from = _kind(explainer, images, [0, 1], monkeypatch)

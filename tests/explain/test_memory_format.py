@@ -158,6 +158,9 @@ def test_random_numbers_are_drawn_once() -> None:
     torch.manual_seed(7)
     torch.testing.assert_close(found.logits, model(images))
     assert torch.equal(after, torch.rand(1))
+    # Both passes drew the same numbers, or their results would not have agreed.
+    explainer(images)
+    assert model.channels_last[-1]
 
 
 def test_a_model_that_draws_nothing_sets_no_generator_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +249,7 @@ class TestRounding:
         values[0, 0], values[1, 1] = torch.nan, torch.inf
         assert same_but_for_rounding(values, values.clone())
         assert not same_but_for_rounding(values, values.nan_to_num())
+        assert not same_but_for_rounding(values.nan_to_num(), values)
         assert same_but_for_rounding(values[:1, :1], values[:1, :1])
 
     def test_constants(self) -> None:

@@ -163,6 +163,18 @@ def test_random_numbers_are_drawn_once() -> None:
     assert model.channels_last[-1]
 
 
+def test_random_numbers_are_drawn_once_although_the_other_order_fails() -> None:
+    model = Depthwise(lambda m, y: functional.dropout(_view(m, y), 0.5))
+    explainer, images = Explainer(model, "layer"), _images()
+    torch.manual_seed(7)
+    explainer(images, [[0]] * 2)
+    after = torch.rand(1)
+    assert model.channels_last == [False, True]
+    torch.manual_seed(7)
+    model(images)
+    assert torch.equal(after, torch.rand(1))
+
+
 def test_a_model_that_draws_nothing_sets_no_generator_back(monkeypatch: pytest.MonkeyPatch) -> None:
     set_back: list[Tensor] = []
     monkeypatch.setattr(torch, "set_rng_state", set_back.append)

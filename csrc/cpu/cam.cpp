@@ -19,7 +19,6 @@ constexpr int64_t kCacheBytes = 256 << 10;   // activations that are read twice 
 constexpr int64_t kStreamedBytes = 4 << 20;  // less is likely to be in the caches already
 constexpr int64_t kFetchedBytes = 512 << 10;  // so much is fetched into it before it is read
 constexpr int64_t kFetchedRow = 768;          // bytes of the shortest plane for which that pays
-constexpr int64_t kBlockBytes = 6 << 10;      // gradients and activations with short planes take turns
 constexpr int64_t kTaskBytes = 128 << 10;     // an image is not split into less
 constexpr int64_t kTasks = 16;                // an image is split until there are so many tasks
 constexpr int64_t kImagesPerWorker = 2;       // with so many, a task is an image
@@ -58,6 +57,8 @@ class Cam {
         const int64_t bytes = image_bytes_ * shape.images * groups_;
         workers_ = std::max<int64_t>(1, std::min<int64_t>(parallel.threads, bytes / kBytesPerThread));
         streams_ = method == CamMethod::gradcam && !constant_ && bytes >= kStreamedBytes;
+        joins_ = !constant_ && shape.targets == 1 && activations_.planar && gradients_.planar &&
+                 kernels_->joins(method, positions_);
     }
 
     void run() {
@@ -237,8 +238,7 @@ class Cam {
     }
 
     // Whether activations are fetched while gradients are summed: one pass alone, which waits for memory and
-    // then for arithmetic, does not use all of the bandwidth. Short planes take turns in small blocks
-    // instead.
+    // then for arithmetic, does not use all of the bandwidth.
     bool fetches(int64_t channels) const {
         const int64_t row = positions_ * activations_.bytes;
         if (!streams_ || channels * row > kFetchedBytes) return false;
@@ -246,23 +246,8 @@ class Cam {
         return activations_.interleaved && !gradients_.planar && gradients_.interleaved;
     }
 
-    // The map stays in registers while the channels pass by (fits_short_planes): a new block costs little.
-    bool short_planes() const {
-        int64_t vector_bytes = 16;
-#if defined(__x86_64__)
-        if (cpu_capability() == CpuCapability::avx2) vector_bytes = 32;
-        if (cpu_capability() == CpuCapability::avx512) vector_bytes = 64;
-#endif
-        return activations_.planar && gradients_.planar &&
-               positions_ * static_cast<int64_t>(sizeof(T)) < 13 * vector_bytes;
-    }
-
     int64_t channels_at_once() const {
         const int64_t most = kWeights / group_;
-        // Small blocks go through both tensors at once.
-        const int64_t sixteen = 16 * positions_ * activations_.bytes;
-        if (streams_ && group_ == 1 && short_planes() && sixteen <= 2 * kBlockBytes)
-            return std::min(most, std::max<int64_t>((kBlockBytes + sixteen / 2) / sixteen, 1) * 16);
         const bool twice = products_ ? group_ > 1 : sums_activations_ && !constant_;
         if (!twice || !activations_.planar) return most;
         const int64_t cached = kCacheBytes / (positions_ * activations_.bytes);
@@ -299,7 +284,11 @@ class Cam {
             const int64_t begin = boundary(part, parts), end = boundary(part + 1, parts);
             T* base = part == 0 ? maps_ : partial.get() + (part - 1) * map_count * positions_;
             T* maps = base + (n * shape_.targets + t0) * positions_;
-            for (int64_t c = begin; c < end; c += at_once)
+            if (joins_)
+                kernels_->joint_map(method_, tile_of(activations_, activations_.at(n, 0, begin)),
+                                    tile_of(gradients_, gradients_.at(n, t0, begin)), end - begin, positions_,
+                                    maps);
+            for (int64_t c = begin; c < end && !joins_; c += at_once)
                 add_block(worker, n, t0, targets, c, std::min(at_once, end - c), c > begin, maps);
             if (parts == 1) finish(n * shape_.targets + t0, targets, nullptr, 0);
         });
@@ -431,6 +420,7 @@ class Cam {
     const bool products_;  // the map is a sum of products: no weights
     const bool sums_activations_;
     bool streams_ = false;            // two passes of gradcam, and inputs that come from memory
+    bool joins_ = false;              // one kernel makes a map from gradients
     int64_t group_ = 1, groups_ = 1;  // targets are taken in groups
     int64_t image_bytes_ = 0, workers_ = 1;
 };

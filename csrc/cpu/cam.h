@@ -39,6 +39,14 @@ struct CamKernels {
     void (*product_map)(CamMethod method, const CamTile& activations, const CamTile& gradients,
                         int64_t channels, int64_t positions, bool accumulate, void* map);
 
+    // Whether joint_map takes planes of so many positions.
+    bool (*joins)(CamMethod method, int64_t positions);
+
+    // The whole map of a target, for planes: gradients of some channels are summed while activations of the
+    // channels before them are weighted, so that both tensors come from memory at once. gradcam, gradcam++.
+    void (*joint_map)(CamMethod method, const CamTile& activations, const CamTile& gradients,
+                      int64_t channels, int64_t positions, void* map);
+
     // Copies `channels` x `positions` elements, from any strides, into contiguous planes: destination[c][s].
     // Positions count from first_position through an extent in row-major order.
     void (*copy_tile)(const void* source, int64_t channel_stride, const int64_t* spatial_stride,

@@ -51,7 +51,7 @@ DIFFCAM_INLINE void sum_row(const E* x, const E* y, Vec<T> activation_sum, int64
         }
     };
     if constexpr (kGroups >= 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int i = 0; i < kGroups; ++i) add(Constant<true>{}, Constant<true>{}, i, i * kSize, kSize);
         add(Constant<false>{}, Constant<true>{}, kGroups, kGroups * kSize,
             static_cast<int>(positions - kGroups * kSize));

@@ -175,6 +175,20 @@ def test_sizes_of_real_networks(cpu_backend: str, shape: tuple[int, ...], layout
         _assert_agree(found.unsqueeze(1), activations, gradients.unsqueeze(1), options)
 
 
+# Short planes have kernels of their own for each number of vectors in a plane: every one, with a partial vector and
+# without, and channels for more than one block and chain of them.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_planes_of_every_length(cpu_backend: str, dtype: torch.dtype, method: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    for positions in sorted({*range(1, 225, 9), *range(8, 225, 16)}):
+        shape = (2, 150, positions, 1)
+        activations = torch.rand(shape, generator=generator).to(dtype)
+        gradients = torch.randn(shape, generator=generator).to(dtype)
+        found = dcf.cam(activations, gradients, method, relu=False, normalize=None)
+        _assert_agree(found.unsqueeze(1), activations, gradients.unsqueeze(1), (method, False, "none", 1e-7))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (5, 67, 13, 11), (2, 8, 64, 64), (5, 24, 50, 61), (13, 1030, 7, 7)])

@@ -42,8 +42,8 @@ INTRODUCTION = """\
 The forward pass alone, under `inference_mode`, on torchvision's networks with seeded random weights. *channels-last*:
 the time on channels-last images by that on contiguous ones, which no copy of the images is counted in; the median of
 the quotients of single rounds. *chosen*: the order that `memory_format="auto"` hands contiguous images on in:
-channels-last for networks with depthwise convolutions. *logits*: the largest difference, as a share of the largest
-logit; they were compared before anything was timed."""
+channels-last for networks with depthwise separable convolutions. *logits*: the largest difference, as a share of the
+largest logit; they were compared before anything was timed."""
 
 
 @dataclass(frozen=True)

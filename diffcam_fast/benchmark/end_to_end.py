@@ -19,9 +19,9 @@ Prediction and finished maps at the size of the images (Grad-CAM of one logit an
 of plain inference under `inference_mode`. *floor*: plain inference plus the bare pull-back from the logits to the
 layer, of a graph that is there already. *channels-last*: plain inference on images in that order in memory, and *vs
 faster*: our time by that of plain inference in the faster order; by itself the explainer hands contiguous images on
-channels-last on a CPU where a network has depthwise convolutions. All alternate in one process; multiples are medians
-of the quotients of single rounds, with their p20 and p80. Everybody's maps were checked against ours, ours against
-plain PyTorch, before anything was timed.{absent}"""
+channels-last on a CPU where a network has depthwise separable convolutions. All alternate in one process; multiples
+are medians of the quotients of single rounds, with their p20 and p80. Everybody's maps were checked against ours, ours
+against plain PyTorch, before anything was timed.{absent}"""
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class Explainer:
     it is needed after all, as by a tail that multiplies with tensors from before the layer, the pass is done again
     carefully, once, and so are all later ones.
 
-    On a CPU, networks with depthwise convolutions are run on channels-last copies of contiguous images, which most are
-    faster on; the first such pass is done in both orders, and logits and maps have to agree but for rounding, or the
-    images stay as they are. `memory_format` says otherwise.
+    On a CPU, networks with depthwise separable convolutions are run on channels-last copies of contiguous images, which
+    they are faster on; the first such pass is done in both orders, and logits and maps have to agree but for rounding,
+    or the images stay as they are. `memory_format` says otherwise.
 
     A model compiled by `torch.compile`, or wrapped in DataParallel, is explained by the network inside, run
     eagerly on the images' device; `compile` compiles the explanation.
@@ -94,8 +94,8 @@ class Explainer:
         memory_budget: bytes that the gradients and cotangents of several targets may take at a time (an estimate;
             what one target needs is taken in any case).
         memory_format: the order in memory that images are handed to the model in. "auto": channels-last on a CPU (x86,
-            float32 or bfloat16) where the model has depthwise convolutions, as the images come elsewhere. A
-            `torch.memory_format`: always that; `torch.preserve_format`: always as they come.
+            float32 or bfloat16) where the model has depthwise and pointwise convolutions, as the images come
+            elsewhere. A `torch.memory_format`: always that; `torch.preserve_format`: always as they come.
 
     Raises:
         TypeError: an argument is not of a type above.

@@ -1,10 +1,11 @@
 """The order in memory that images are handed to a model in.
 
 Convolutions of PyTorch on a CPU work on channels that lie next to each other, and reorder what they get and what they
-return for everybody else. Depthwise convolutions do so little arithmetic that reordering takes a good part of their
-time, and most networks that are made of them take less on channels-last images (`benchmarks/results/memory_format.md`).
-Many networks of dense convolutions gain as well, but not at every size, and the logits of some differ by ten times as
-much: there the caller decides.
+return for everybody else. Depthwise separable convolutions, depthwise ones and pointwise ones in turn, do so little
+arithmetic that reordering takes a good part of their time, and networks made of them take less on channels-last images
+(`benchmarks/results/memory_format.md`). Where linear layers take the place of the pointwise ones, as in ConvNeXt,
+channels lie next to each other already, and nothing is gained. Many networks of dense convolutions gain as well, but
+not at every size, and the logits of some differ by ten times as much: there the caller decides.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class FasterFormat:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._depthwise: bool | None = None
+        self._separable: bool | None = None
 
     def __call__(self, images: Tensor) -> torch.memory_format | None:
         """The faster order; None where that is the images' own, or where nothing is known."""
@@ -84,17 +85,17 @@ class FasterFormat:
             return None
         if not images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last):
             return None
-        if images.numel() == 0 or not _is_measured_here() or not self._has_depthwise():
+        if images.numel() == 0 or not _is_measured_here() or not self._has_separable_convolutions():
             return None
         return torch.channels_last
 
-    def _has_depthwise(self) -> bool:
-        if self._depthwise is None:
-            self._depthwise = any(
-                isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels
-                for module in self._model.modules()
-            )
-        return self._depthwise
+    def _has_separable_convolutions(self) -> bool:
+        if self._separable is None:
+            found = [module for module in self._model.modules() if isinstance(module, nn.Conv2d)]
+            depthwise = any(1 < module.groups == module.in_channels for module in found)
+            pointwise = any(module.groups == 1 and set(module.kernel_size) == {1} for module in found)
+            self._separable = depthwise and pointwise
+        return self._separable
 
 
 def _is_measured_here() -> bool:

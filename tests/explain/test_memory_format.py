@@ -20,7 +20,7 @@ from tests.explain.test_side_effects import SURROUNDINGS, _unchanged
 
 
 class Depthwise(nn.Module):
-    """A small network with a depthwise convolution, which notes the order of what it gets."""
+    """A small network with a depthwise separable convolution, which notes the order of what it gets."""
 
     def __init__(self, tail: Callable[[Depthwise, Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -48,14 +48,25 @@ def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestRule:
-    def test_depthwise_convolutions(self) -> None:
+    def test_depthwise_separable_convolutions(self) -> None:
         rule = FasterFormat(Depthwise())
         assert rule(_images()) is rule(_images(1)) is torch.channels_last
         assert rule(_images().bfloat16()) is torch.channels_last
 
-    @pytest.mark.parametrize("groups", [1, 2])
-    def test_other_convolutions(self, groups: int) -> None:
-        assert FasterFormat(nn.Conv2d(4, 8, 3, groups=groups))(torch.zeros(64, 4, 64, 64)) is None
+    @pytest.mark.parametrize(
+        "convolutions",
+        [
+            [nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 1)],
+            [nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 1)],
+            # As in ConvNeXt, with linear layers between.
+            [nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 2, stride=2)],
+            [nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, 1, groups=2)],
+            [nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 8, (1, 3))],
+        ],
+        ids=lambda convolutions: ", ".join(map(repr, convolutions)),
+    )
+    def test_other_convolutions(self, convolutions: list[nn.Module]) -> None:
+        assert FasterFormat(nn.Sequential(*convolutions))(torch.zeros(64, 4, 64, 64)) is None
 
     @pytest.mark.parametrize(
         "images",

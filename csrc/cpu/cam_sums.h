@@ -154,20 +154,24 @@ template <CamSum kKind, bool kFetch, typename E>
 void sum_columns(const CamTile& x_tile, const CamTile& y_tile, const Accumulator<E>* activation_sums,
                  int64_t channels, int64_t positions, bool accumulate, Accumulator<E>* sums,
                  Accumulator<E>* plain_sums) {
-    constexpr int kRows = kKind == CamSum::plain ? 8 : 4;
     constexpr bool kReads = kKind == CamSum::product || kFetch;
     const E* x = static_cast<const E*>(x_tile.data);
     const E* y = static_cast<const E*>(kReads ? y_tile.data : x_tile.data);
     const int64_t x_stride = x_tile.position_stride;
     const int64_t y_stride = kReads ? y_tile.position_stride : x_stride;
-    const int64_t apart = positions / kRows;
-    for (int64_t s = 0; s < apart; ++s, accumulate = true)
-        sum_column_rows<kKind, kRows, kFetch>(x + s * x_stride, apart * x_stride, y + s * y_stride,
-                                              apart * y_stride, activation_sums, channels, accumulate, sums,
-                                              plain_sums);
-    for (int64_t s = apart * kRows; s < positions; ++s, accumulate = true)
-        sum_column_rows<kKind, 1, kFetch>(x + s * x_stride, 0, y + s * y_stride, 0, activation_sums, channels,
-                                          accumulate, sums, plain_sums);
+    int64_t s = 0;
+    const auto in_rows_of = [&](auto rows) {
+        const int64_t apart = (positions - s) / decltype(rows)::kValue, end = s + apart;
+        for (; s < end; ++s, accumulate = true)
+            sum_column_rows<kKind, decltype(rows)::kValue, kFetch>(
+                x + s * x_stride, apart * x_stride, y + s * y_stride, apart * y_stride, activation_sums,
+                channels, accumulate, sums, plain_sums);
+        s += apart * (decltype(rows)::kValue - 1);
+    };
+    if (kKind == CamSum::plain) in_rows_of(Constant<8>{});
+    in_rows_of(Constant<4>{});
+    in_rows_of(Constant<2>{});
+    in_rows_of(Constant<1>{});
 }
 
 template <CamSum kKind, typename E>

@@ -17,6 +17,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -291,9 +292,8 @@ class BuildNative(build_ext):
                 f"{', '.join(self.nvcc.architectures)} and PTX for the last"
             )
         include = [f"-I{SOURCES / 'include'}", f"-I{SOURCES}"]
-        # Absolute: ninja runs in its own folder.
         ninja = Ninja(
-            (ROOT / self.build_temp / "native").resolve(),
+            self.objects_folder(),
             compiler,
             shlex.split(os.environ.get("CXXFLAGS", "")),
             self.nvcc,
@@ -373,6 +373,15 @@ class BuildNative(build_ext):
             "python": platform.python_version(),
             "cpu_variants": ["default" if name == "standard" else name for name in variants],
         }
+
+    def objects_folder(self) -> Path:
+        """Where ninja finds what was compiled before: setuptools' own folder is gone after an editable install.
+
+        Ninja knows flags and files, but not which versions of the tools it was that made them.
+        """
+        compiler, _, _, _, torch_version = self.tools
+        tools = [compiler_version(compiler), torch_version, sys.version, self.nvcc.version if self.nvcc else ""]
+        return ROOT / "build" / f"native-{hashlib.sha256(repr(tools).encode()).hexdigest()[:12]}"
 
     def write_record(self, reason: str | None, cuda_reason: str | None) -> None:
         cuda = {"built": cuda_reason is None, "reason": cuda_reason}

@@ -54,6 +54,7 @@ def test_times_are_those_of_the_table(tmp_path: Path) -> None:
     for row in found.rows:
         assert 0 < row["ms_min"] <= row["ms_p20"] <= row["ms"] <= row["ms_p80"]
         assert row["vs_compile"] == pytest.approx(row["ms"] / row["compile_ms"])
+        assert row["vs_dot"] == pytest.approx(row["ms"] / row["dot_ms"])
         assert row["gb_per_s"] == pytest.approx(2 * 4 * 2048 * 49 / (row["ms"] * 1e6))
         assert row["error"] < 1e-5
     cold, warm = found.rows
@@ -156,17 +157,17 @@ def test_the_reason_comes_from_the_rows_that_miss_a_bar() -> None:
 def test_reasons_for_less_than_the_bandwidth() -> None:
     def row(method: str, dtype: str, share: float, ms: float) -> report.Row:
         place = {"method": method, "shape": "32x8x7x7", "layout": "contiguous", "threads": 2, "cache": "cold"}
-        return {**place, "dtype": dtype, "share_of_read": share, "ms": ms, "bytes": 8_000_000}
+        return {**place, "dtype": dtype, "share_of_read": share, "ms": ms, "bytes": 8_000_000, "vs_dot": 1.2}
 
     found = [
         row("gradcam", "bfloat16", 0.6, 0.4),
         row("gradcam", "float32", 0.9, 0.5),
         row("xgradcam", "float32", 0.5, 1.0),
     ]
-    (half, _, other) = found
+    half, _, other = found
     assert "10.0 to 10.0 a nanosecond in these rows, 4.0 to 4.0 in those of float32" in bench_cam._why(found, [half])
     assert "75% to 75% of read bandwidth" in bench_cam._why(found, [other])
-    assert bench_cam._why(found, [found[1]]) == ""
+    assert bench_cam._why(found, [half, other]).startswith("torch.dot of the same inputs reaches 60% to 72% of read")
 
 
 def test_a_kept_bar_is_shown_too() -> None:

@@ -324,7 +324,7 @@ def bars(present: list[str], found: list[Row]) -> list[Bar]:
             "vs_eager",
             1.0,
             applies=lambda row: row["work"] == COMPILED and row["inference_vs_eager"] < 1,
-        ),
+        ).because(found, _why_compiled),
         *(
             Bar(
                 f"less than {peers.PEERS[name].title}",
@@ -346,6 +346,17 @@ def _why(found: list[Row], missed: list[Row]) -> str:
     return (
         f"the floor is {min(floors):.3f} to {max(floors):.3f} times inference in these rows; beside it a call takes "
         f"{min(costs):.0f} to {max(costs):.0f} microseconds ({small[0]:.0f} on the small network of the last table)"
+    )
+
+
+def _why_compiled(missed: list[Row]) -> str:
+    if any(1 - row["inference_vs_eager"] >= row["multiple"] - 1 for row in missed):
+        return ""
+    saved = [1 - row["inference_vs_eager"] for row in missed]
+    added = [row["multiple"] - 1 for row in missed]
+    return (
+        f"compiling saves {min(saved):.1%} to {max(saved):.1%} of inference in these rows, less than an explanation "
+        f"adds, {min(added):.1%} to {max(added):.1%}"
     )
 
 

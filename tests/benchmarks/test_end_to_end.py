@@ -80,6 +80,13 @@ def test_reasons_for_missed_limits_are_measured() -> None:
     assert "1.000 to 1.000 times inference" in cost and "1500 to 1500 microseconds (250 on" in cost
 
 
+@pytest.mark.parametrize(("inference_vs_eager", "expected"), [(0.995, "saves 0.5% to 0.5% of"), (0.8, "")])
+def test_where_compiling_saves_next_to_nothing_it_is_said(inference_vs_eager: float, expected: str) -> None:
+    rows = [result_row(COMPILED, "resnet50", 1, multiple=1.02, inference_vs_eager=inference_vs_eager, vs_eager=1.01)]
+    (bar,) = [bar for bar in bench_end_to_end.bars(PRESENT, rows) if bar.missed(rows[0])]
+    assert expected in bar.reason and bool(bar.reason) == bool(expected)
+
+
 def test_who_is_even_is_said_to_be() -> None:
     even = result_row(ONE, "vit_b_16", 1, vs_torchcam=1.01, vs_torchcam_low=0.98, vs_torchcam_high=1.02)
     slower = result_row(ONE, "vit_b_16", 8, vs_torchcam=1.05, vs_torchcam_low=1.03, vs_torchcam_high=1.06)

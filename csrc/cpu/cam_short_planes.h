@@ -140,15 +140,13 @@ void multiply_short_planes(const E* a, int64_t a_stride, const E* g, int64_t g_s
 
 // From gradients: sums and the map in one go.
 
-// The map shares 32 registers with the sums, or 16.
-constexpr int kJoinedVectors = kVectorBytes == 64 ? kMapVectors : 8;
-// gradcam++ needs more of them, and reads activations twice, some 32 planes later: from the first-level
-// cache.
+// gradcam++ needs more registers beside its map, and reads activations twice, some 32 planes later: from the
+// first-level cache.
 constexpr int kPlusPlusVectors = 7;
 constexpr int64_t kPlusPlusBytes = 256;
 
 template <CamMethod kMethod>
-constexpr int kMostJoined = kMethod == CamMethod::gradcam ? kJoinedVectors : kPlusPlusVectors;
+constexpr int kMostJoined = kMethod == CamMethod::gradcam ? kMapVectors : kPlusPlusVectors;
 
 // Short vectors leave no registers over; float64 is for checking, not for speed.
 template <typename E>

@@ -170,6 +170,13 @@ def test_reasons_for_less_than_the_bandwidth() -> None:
     assert bench_cam._why(found, [half, other]).startswith("torch.dot of the same inputs reaches 60% to 72% of read")
 
 
+def test_who_is_no_faster_than_compile_by_less_than_the_spread_is_said_to_be() -> None:
+    even = {"ms_p20": 1.8, "ms_p80": 2.0, "compile_ms_p20": 1.7, "compile_ms_p80": 1.9}
+    slower = even | {"ms_p20": 1.95}
+    assert bench_cam._why_not_faster([even, slower]).endswith("overlap in 1 of 2: 1.8 to 2 ms beside 1.7 to 1.9")
+    assert bench_cam._why_not_faster([slower]) == ""
+
+
 def test_a_kept_bar_is_shown_too() -> None:
     text = report.as_markdown(_report(1.0), ENVIRONMENT)
     assert "no slower than the other: kept in all 2 rows" in text

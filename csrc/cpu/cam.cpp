@@ -284,12 +284,14 @@ class Cam {
             const int64_t begin = boundary(part, parts), end = boundary(part + 1, parts);
             T* base = part == 0 ? maps_ : partial.get() + (part - 1) * map_count * positions_;
             T* maps = base + (n * shape_.targets + t0) * positions_;
-            if (joins_)
+            if (joins_) {
                 kernels_->joint_map(method_, tile_of(activations_, activations_.at(n, 0, begin)),
                                     tile_of(gradients_, gradients_.at(n, t0, begin)), end - begin, positions_,
                                     maps);
-            for (int64_t c = begin; c < end && !joins_; c += at_once)
-                add_block(worker, n, t0, targets, c, std::min(at_once, end - c), c > begin, maps);
+            } else {
+                for (int64_t c = begin; c < end; c += at_once)
+                    add_block(worker, n, t0, targets, c, std::min(at_once, end - c), c > begin, maps);
+            }
             if (parts == 1) finish(n * shape_.targets + t0, targets, nullptr, 0);
         });
         if (parts > 1) finish_all(partial.get(), parts - 1);

@@ -197,8 +197,9 @@ def test_a_model_that_draws_nothing_sets_no_generator_back(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("memory_format", ["auto", torch.preserve_format])
 def test_explainers_can_be_copied_and_pickled(memory_format: Any) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    explainer = Explainer(model, "0", memory_format=memory_format)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert FasterFormat(model)(_images()) is torch.channels_last
+    explainer = Explainer(model, "1", memory_format=memory_format)
     expected = explainer(_images()).maps
     for other in (pickle.loads(pickle.dumps(explainer)), copy.deepcopy(explainer)):
         assert torch.equal(other(_images()).maps, expected)

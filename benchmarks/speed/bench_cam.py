@@ -1,4 +1,4 @@
-"""The compiled `cam` beside torch.compile, the eager reference, the bmm form and torch.dot, against the read ceiling."""
+"""The compiled `cam` beside torch.compile, eager PyTorch, the bmm form and torch.dot, against the read ceiling."""
 
 from __future__ import annotations
 

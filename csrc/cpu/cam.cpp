@@ -243,7 +243,8 @@ class Cam {
         const int64_t row = positions_ * activations_.bytes;
         if (!streams_ || channels * row > kFetchedBytes) return false;
         if (activations_.planar) return gradients_.planar && row >= kFetchedRow;
-        return activations_.interleaved && !gradients_.planar && gradients_.interleaved;
+        return activations_.interleaved && !gradients_.planar && gradients_.interleaved &&
+               channels * activations_.bytes >= kLongRow;
     }
 
     int64_t channels_at_once() const {

@@ -7,6 +7,8 @@
 
 namespace diffcam {
 
+constexpr int64_t kLongRow = 1 << 10;  // bytes of the channels of a position that are next to each other
+
 // Channels x positions of one image and one target, in one of two layouts. Strides count elements.
 struct CamTile {
     const void* data;

@@ -168,7 +168,7 @@ void sum_columns(const CamTile& x_tile, const CamTile& y_tile, const Accumulator
                 channels, accumulate, sums, plain_sums);
         s += apart * (decltype(rows)::kValue - 1);
     };
-    if (kKind == CamSum::plain) in_rows_of(Constant<8>{});
+    if (kKind == CamSum::plain && is_long_row<E>(channels)) in_rows_of(Constant<8>{});
     in_rows_of(Constant<4>{});
     in_rows_of(Constant<2>{});
     in_rows_of(Constant<1>{});

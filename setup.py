@@ -344,7 +344,7 @@ class BuildNative(build_ext):
         ]
         for_python = [
             ninja.compile(SOURCES / "bindings" / f"{name}.cpp", name, python_flags)
-            for name in ("numpy_module", "training_flags")
+            for name in ("numpy_module", "direct", "training_flags")
         ]
         # A symbol that is missing shall stop the build, not the import.
         torch_libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", *cuda_libraries, "-Wl,-z,defs"]

@@ -1,6 +1,8 @@
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 
 def cam(
     activations: NDArray[Any],
@@ -23,6 +25,24 @@ def logit_difference(
     ranks: list[int],
     threads: int,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]: ...
+def connect(
+    tensor: type[Tensor],
+    capsule: object,
+    threads: int,
+    grad_enabled: Callable[[], bool],
+    is_negative: Callable[[Tensor], bool],
+    watchers: tuple[Callable[[], Any], ...],
+) -> bool: ...
+def direct_cam(
+    activations: Tensor,
+    gradients: Tensor,
+    method: str,
+    relu: bool,
+    normalize: str | None,
+    eps: float,
+    targets: bool,
+    /,
+) -> Tensor | None: ...
 def build_information() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def best_cpu_capability() -> str: ...

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/direct.h"
 #include "bindings/training_flags.h"
 #include "diffcam/cam.h"
 #include "diffcam/cpu_capability.h"
@@ -198,6 +199,7 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "modules_in_training", &diffcam::modules_in_training,
         "The modules of a torch.nn.Module whose flag `training` is up; None if it is not an ordinary one.");
+    diffcam::add_direct_calls(module);
     module.def("build_information", &build_information, "Compiler, pybind11 and compiled CPU variants.");
     module.def(
         "cpu_capability", [] { return std::string(diffcam::cpu_capability_name(diffcam::cpu_capability())); },

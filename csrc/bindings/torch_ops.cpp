@@ -427,6 +427,9 @@ int64_t cpu_capability(int64_t request) {
     return static_cast<int64_t>(diffcam::cpu_capability());
 }
 
+// Where to find PyTorch's threads, for calls that do not come by the dispatcher.
+int64_t thread_pool() { return reinterpret_cast<int64_t>(&torch_threads); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CPU, library) {
@@ -449,4 +452,5 @@ STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CUDA, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(diffcam_fast, CompositeExplicitAutograd, library) {
     library.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+    library.impl("thread_pool", TORCH_BOX(&thread_pool));
 }

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diffcam_fast.backends import library, native, triton
+from diffcam_fast.backends import direct, library, native, triton
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -133,6 +133,7 @@ def _arrange() -> None:
             warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
             for name, reference in library.references.items():
                 override.impl(name, _implementation(chosen, name, reference))
+    direct.serve(_chosen("CPU", _forced) == "cpu")
     library.guard_references(None if _forced in (None, "reference") else _refuse)
 
 

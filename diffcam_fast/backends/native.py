@@ -19,6 +19,7 @@ BUILD_RECORD_PATH = LIBRARY_PATH.with_name("_build.json")
 CPU_CAPABILITIES = ("default", "avx2", "avx512")
 
 _library.define("cpu_capability(int request) -> int")
+_library.define("thread_pool() -> int")
 
 
 def build_record() -> dict[str, Any] | None:

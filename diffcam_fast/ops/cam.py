@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffcam_fast.backends import direct
 from diffcam_fast.backends.library import NAMESPACE, define
 from diffcam_fast.reference import cam as reference
 from diffcam_fast.reference.cam import METHODS, NORMALIZATIONS, accumulation_dtype
@@ -64,6 +65,10 @@ def cam(
         TypeError: an argument is not a tensor, has a dtype that is not supported, or dtypes differ.
         ValueError: ranks or shapes do not match, devices differ, or ``method``, ``normalize`` or ``eps`` is not valid.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        served = direct.cam(activations, gradients, method, relu, normalize, eps, False)
+        if served is not None:
+            return served
     check(activations, gradients, method, normalize, eps)
     has_targets = has_target_dimension(activations.shape, gradients.shape)
     name = "none" if normalize is None else normalize

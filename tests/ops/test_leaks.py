@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from diffcam_fast.backends import absent_because
+from diffcam_fast.backends import absent_because, direct
 
 OPS = torch.ops.diffcam_fast
 ACTIVATIONS = torch.rand(1, 32, 8, 8)
@@ -40,13 +40,24 @@ def _bytes_in_use() -> int:
     "call",
     [
         lambda: OPS.cam(ACTIVATIONS, GRADIENTS, "gradcam++", True, "minmax", 1e-7),
+        lambda: direct.cam(ACTIVATIONS, GRADIENTS, "gradcam++", True, "minmax", 1e-7, True),
+        lambda: direct.cam(ACTIVATIONS, GRADIENTS[..., :3], "gradcam++", True, "minmax", 1e-7, True),
         lambda: OPS.cam_backward(GRAD_RAW, ACTIVATIONS, GRADIENTS, "gradcam++", True, True),
         lambda: OPS.logit_difference(LOGITS, CLASSES, "logsumexp", 3, 1.0, 1.0, []),
         lambda: OPS.logit_difference(LOGITS, CLASSES, "finer", 0, 1.0, 1.0, [1, 2, 3]),
         lambda: OPS.saliency_contrast(ACTIVATIONS, GRADIENTS, True),
         lambda: OPS.cpu_capability(-1),
     ],
-    ids=["cam", "cam_backward", "logit_difference", "finer", "saliency_contrast", "cpu_capability"],
+    ids=[
+        "cam",
+        "direct cam",
+        "direct cam refused",
+        "cam_backward",
+        "logit_difference",
+        "finer",
+        "saliency_contrast",
+        "cpu_capability",
+    ],
 )
 def test_no_growth_over_many_calls(call: Callable[[], object]) -> None:
     calls = 5000

@@ -1,0 +1,78 @@
+"""The short way to the compiled CPU kernels: past PyTorch's dispatcher, for calls that nothing but the kernel wants.
+
+An op called through the dispatcher costs a few microseconds, and more than a hundred right after a network has run,
+when the caches hold none of what is on that way. The functions here cost what a built-in function of PyTorch costs.
+They return None where they do not serve a call: a tensor is not a plain one on the CPU, an argument is not valid,
+gradients are recorded, a mode, a transform, a trace or a profiler is active, another backend is forced, or the library
+was not compiled. The op serves it then, or raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffcam_fast.backends import native
+from diffcam_fast.backends.library import NAMESPACE
+
+
+def _watchers() -> tuple[Callable[[], Any], ...]:
+    """What has to see a call where it is there: true (or not None) then."""
+    return (
+        torch._C._len_torch_dispatch_stack,
+        torch._C._is_torch_function_mode_enabled,
+        torch._C._get_tracing_state,
+        torch._C._functorch.maybe_current_level,
+        torch._C._autograd._profiler_enabled,
+    )
+
+
+def _connected() -> ModuleType | None:
+    """The compiled functions, or None where they or what they need of PyTorch is not there."""
+    if native.absent_because is not None:
+        return None
+    try:
+        compiled = importlib.import_module("diffcam_fast._C")
+        served = compiled.connect(
+            Tensor,
+            # PyTorch has it since DLPack's version 1.3.
+            Tensor.__dlpack_c_exchange_api__,
+            getattr(torch.ops, NAMESPACE).thread_pool(),
+            torch.is_grad_enabled,
+            Tensor.is_neg,
+            _watchers(),
+        )
+    except (ImportError, AttributeError):
+        return None
+    return compiled if served else None
+
+
+def _not_served(*arguments: Any) -> None:
+    return None
+
+
+_compiled = _connected()
+
+#: `diffcam_fast.cam` of (activations, gradients, method, relu, normalize, eps, whether the gradients have a target
+#: dimension for certain), or None.
+cam: Callable[..., Tensor | None] = _not_served
+
+
+def serve(wanted: bool) -> None:
+    """Serve calls from now on, or none.
+
+    Args:
+        wanted: whether the compiled CPU kernels are to serve CPU tensors.
+    """
+    global cam
+    cam = _compiled.direct_cam if wanted and _compiled is not None else _not_served
+
+
+def is_serving() -> bool:
+    """Whether calls are served now."""
+    return cam is not _not_served

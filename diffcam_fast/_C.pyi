@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -43,6 +43,16 @@ def direct_cam(
     targets: bool,
     /,
 ) -> Tensor | None: ...
+def direct_logit_difference(
+    logits: Tensor,
+    classes: Tensor,
+    baseline: str,
+    top_k: int | None,
+    temperature: float,
+    alpha: float,
+    ranks: Sequence[int],
+    /,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None: ...
 def build_information() -> dict[str, Any]: ...
 def cpu_capability() -> str: ...
 def best_cpu_capability() -> str: ...

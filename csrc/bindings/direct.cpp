@@ -8,12 +8,15 @@
 
 #include <string.h>
 
+#include <algorithm>
+#include <cmath>
 #include <exception>
 #include <string>
 #include <vector>
 
 #include "bindings/dlpack.h"
 #include "diffcam/cam.h"
+#include "diffcam/logit_difference.h"
 #include "diffcam/names.h"
 
 namespace py = pybind11;
@@ -49,6 +52,8 @@ bool unwatched() {
     return true;
 }
 
+bool gradients_are_recorded() { return !is_false(PyObject_CallNoArgs(torch.grad_enabled)); }
+
 // A view of a tensor that is nothing but its memory: on the CPU, with no gradient to record (if any is), not
 // to be negated on the way.
 bool plain_view(PyObject* object, bool records, dlpack::Tensor* view) {
@@ -71,6 +76,10 @@ bool scalar_type(const dlpack::DataType& type, ScalarType* found) {
     else
         *found = type.bits == 64 ? ScalarType::float64 : ScalarType::float32;
     return brain || type.bits == 16 || type.bits == 32 || type.bits == 64;
+}
+
+ScalarType accumulation_type(ScalarType type) {
+    return type == ScalarType::float64 ? ScalarType::float64 : ScalarType::float32;
 }
 
 bool same_sizes(const int64_t* a, const int64_t* b, int count) {
@@ -97,12 +106,15 @@ void set_python_error(void*, const char*, const char* message) {
     PyErr_SetString(PyExc_RuntimeError, message);
 }
 
+dlpack::DataType element(ScalarType type) {
+    return {dlpack::kFloat, static_cast<uint8_t>(8 * scalar_bytes(type)), 1};
+}
+
 // A tensor of PyTorch's: its object, made when what is in it is there.
 class NewTensor {
   public:
-    bool allocate(int64_t* shape, int rank, ScalarType type) {
-        const uint8_t bits = static_cast<uint8_t>(8 * scalar_bytes(type));
-        dlpack::Tensor like{nullptr, {dlpack::kCpu, 0}, rank, {dlpack::kFloat, bits, 1}, shape, nullptr, 0};
+    bool allocate(int64_t* shape, int rank, dlpack::DataType type) {
+        dlpack::Tensor like{nullptr, {dlpack::kCpu, 0}, rank, type, shape, nullptr, 0};
         return torch.exchange->allocate(&like, &made_, nullptr, &set_python_error) == 0;
     }
     void* data() const { return static_cast<char*>(made_->tensor.data) + made_->tensor.byte_offset; }
@@ -158,8 +170,7 @@ bool read_cam(PyObject* const* arguments, bool always_targets, CamCall* call) {
         return false;
     if (!parse_normalization(normalize, &call->normalize) || !PyFloat_Check(arguments[5])) return false;
     call->eps = PyFloat_AS_DOUBLE(arguments[5]);
-    PyObject* const enabled = PyObject_CallNoArgs(torch.grad_enabled);
-    const bool records = !is_false(enabled);
+    const bool records = gradients_are_recorded();
     dlpack::Tensor a, g;
     if (!(call->eps > 0) || !plain_view(arguments[0], records, &a) || !plain_view(arguments[1], records, &g))
         return false;
@@ -197,14 +208,133 @@ PyObject* cam(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
         Py_RETURN_NONE;
     const bool relu = arguments[3] == Py_True;
     NewTensor maps;
-    const bool wide = call.shape.type == ScalarType::float64;
-    if (!maps.allocate(call.sizes, call.rank, wide ? ScalarType::float64 : ScalarType::float32))
-        return nullptr;
+    if (!maps.allocate(call.sizes, call.rank, element(accumulation_type(call.shape.type)))) return nullptr;
     const bool done = run_unlocked([&] {
         cam_cpu(call.shape, call.activations, call.gradients, call.method, relu, call.normalize, call.eps,
                 maps.data(), torch.threads());
     });
     return done ? maps.object() : nullptr;
+}
+
+struct LogitDifferenceCall {
+    LogitDifferenceShape shape;
+    LogitDifferenceOptions options;
+    std::vector<int64_t> ranks;
+    const void* logits;
+    int64_t image_stride, class_stride;
+    const int64_t* chosen;
+    bool targets;  // classes have a target dimension
+};
+
+bool integer(PyObject* object, int64_t* found) {
+    int overflow = 0;
+    if (!PyLong_CheckExact(object)) return false;
+    *found = PyLong_AsLongLongAndOverflow(object, &overflow);
+    return overflow == 0;
+}
+
+// Different numbers of 1 and more; how large they may be depends on the logits.
+bool ranks_of(PyObject* object, std::vector<int64_t>* ranks) {
+    if (!PyTuple_CheckExact(object)) return false;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i) {
+        int64_t rank = 0;
+        if (!integer(PyTuple_GET_ITEM(object, i), &rank) || rank < 1) return false;
+        if (std::find(ranks->begin(), ranks->end(), rank) != ranks->end()) return false;
+        ranks->push_back(rank);
+    }
+    return !ranks->empty();
+}
+
+// baseline, top_k, temperature, alpha, ranks: what does not apply to the baseline has to have its default.
+bool read_options(PyObject* const* arguments, LogitDifferenceCall* call) {
+    LogitDifferenceOptions& options = call->options;
+    const char* baseline = nullptr;
+    if (!text(arguments[0], &baseline) || !parse_baseline(baseline, &options.baseline)) return false;
+    if (!PyFloat_Check(arguments[2]) || !PyFloat_Check(arguments[3])) return false;
+    options.temperature = PyFloat_AS_DOUBLE(arguments[2]);
+    options.alpha = PyFloat_AS_DOUBLE(arguments[3]);
+    if (!(options.temperature > 0) || !std::isfinite(options.temperature) ||
+        !ranks_of(arguments[4], &call->ranks))
+        return false;
+    const bool tempered = options.baseline == Baseline::logsumexp || options.baseline == Baseline::expected;
+    if (!tempered && options.temperature != 1) return false;
+    options.top_k = 0;
+    if (arguments[1] != Py_None && (!integer(arguments[1], &options.top_k) || options.top_k < 1))
+        return false;
+    if (options.baseline == Baseline::finer) return options.top_k == 0 && std::isfinite(options.alpha);
+    const bool defaults = options.alpha == 1 && call->ranks == std::vector<int64_t>{1, 2, 3};
+    call->ranks.clear();
+    return defaults;
+}
+
+bool read_logit_difference(PyObject* const* arguments, LogitDifferenceCall* call) {
+    if (!read_options(arguments + 2, call)) return false;
+    LogitDifferenceOptions& options = call->options;
+    options.ranks = call->ranks.data();
+    options.rank_count = static_cast<int64_t>(call->ranks.size());
+    dlpack::Tensor logits, classes;
+    const bool records = gradients_are_recorded();
+    if (!plain_view(arguments[0], records, &logits) || !plain_view(arguments[1], records, &classes))
+        return false;
+    ScalarType type;
+    if (logits.rank != 2 || !scalar_type(logits.type, &type)) return false;
+    if (classes.type.code != dlpack::kInt || classes.type.bits != 64 || classes.type.lanes != 1) return false;
+    if ((classes.rank != 1 && classes.rank != 2) || classes.shape[0] != logits.shape[0]) return false;
+    call->targets = classes.rank == 2;
+    call->shape = {logits.shape[0], call->targets ? classes.shape[1] : 1, logits.shape[1], type};
+    if (call->shape.classes < 2 || options.top_k >= call->shape.classes) return false;
+    for (const int64_t rank : call->ranks)
+        if (rank >= call->shape.classes) return false;
+    const int64_t count = call->shape.images * call->shape.targets;
+    int64_t expected = 1;
+    for (int i = classes.rank - 1; i >= 0; expected *= classes.shape[i--])
+        if (classes.shape[i] > 1 && classes.strides[i] != expected) return false;
+    call->chosen = static_cast<const int64_t*>(classes.data);
+    for (int64_t i = 0; i < count; ++i)
+        if (call->chosen[i] < 0 || call->chosen[i] >= call->shape.classes) return false;
+    call->logits = logits.data;
+    call->image_stride = logits.strides[0];
+    call->class_stride = logits.strides[1];
+    return true;
+}
+
+// logits, classes, baseline, top_k, temperature, alpha, ranks. Returns delta, cotangent, rivals and
+// differences.
+PyObject* logit_difference(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    LogitDifferenceCall call;
+    if (count != 7 || torch.tensor == nullptr || !unwatched() || !read_logit_difference(arguments, &call))
+        Py_RETURN_NONE;
+    const dlpack::DataType type = element(accumulation_type(call.shape.type));
+    const dlpack::DataType index{dlpack::kInt, 64, 1};
+    int64_t sizes[3] = {call.shape.images, call.shape.targets, 0};
+    const int rank = call.targets ? 2 : 1;
+    const int64_t compared = call.options.top_k + call.options.rank_count;
+    const bool compares = compared > 0;
+    NewTensor results[4];
+    if (!results[0].allocate(sizes, rank, type)) return nullptr;
+    sizes[rank] = call.shape.classes;
+    if (!results[1].allocate(sizes, rank + 1, type)) return nullptr;
+    sizes[rank] = compared;
+    if (compares &&
+        (!results[2].allocate(sizes, rank + 1, index) || !results[3].allocate(sizes, rank + 1, type)))
+        return nullptr;
+    const LogitDifferenceResult where{results[0].data(), results[1].data(),
+                                      compares ? static_cast<int64_t*>(results[2].data()) : nullptr,
+                                      compares ? results[3].data() : nullptr};
+    const bool done = run_unlocked([&] {
+        logit_difference_cpu(call.shape, call.logits, call.image_stride, call.class_stride, call.chosen,
+                             call.options, where, torch.threads());
+    });
+    PyObject* const tuple = done ? PyTuple_New(4) : nullptr;
+    for (int i = 0; tuple != nullptr && i < 4; ++i) {
+        PyObject* const object = i < 2 || compares ? results[i].object() : py::none().release().ptr();
+        if (object == nullptr) {
+            Py_DECREF(tuple);
+            return nullptr;
+        }
+        PyTuple_SET_ITEM(tuple, i, object);
+    }
+    return tuple;
 }
 
 // Says where PyTorch is. watchers are called without arguments; one that is true, or fails, keeps calls on
@@ -231,6 +361,10 @@ bool connect(const py::type& tensor, const py::object& capsule, uintptr_t thread
 PyMethodDef functions[] = {
     {"direct_cam", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&cam)), METH_FASTCALL,
      "diffcam_fast.cam of plain CPU tensors, or None where the op has to serve the call."},
+    {"direct_logit_difference",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&logit_difference)), METH_FASTCALL,
+     "diffcam_fast.logit_difference of plain CPU tensors, finer apart, or None where the op has to serve "
+     "it."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBFloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
 
 struct Version {
     uint32_t major, minor;

@@ -62,6 +62,10 @@ _compiled = _connected()
 #: dimension for certain), or None.
 cam: Callable[..., Tensor | None] = _not_served
 
+#: `diffcam_fast.logit_difference` of (logits, classes, baseline, top_k, temperature, alpha, ranks): a tuple of its
+#: results, or None.
+logit_difference: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None] = _not_served
+
 
 def serve(wanted: bool) -> None:
     """Serve calls from now on, or none.
@@ -69,8 +73,10 @@ def serve(wanted: bool) -> None:
     Args:
         wanted: whether the compiled CPU kernels are to serve CPU tensors.
     """
-    global cam
-    cam = _compiled.direct_cam if wanted and _compiled is not None else _not_served
+    global cam, logit_difference
+    compiled = _compiled if wanted else None
+    cam = _not_served if compiled is None else compiled.direct_cam
+    logit_difference = _not_served if compiled is None else compiled.direct_logit_difference
 
 
 def is_serving() -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffcam_fast.backends import direct
 from diffcam_fast.backends.library import NAMESPACE, define
 from diffcam_fast.ops.arguments import check_integer, check_number
 from diffcam_fast.reference import logit_difference as reference
@@ -93,6 +94,10 @@ def logit_difference(
         ValueError: shapes do not match, devices differ, a class is out of range, or an option is out of range
             or does not apply to the baseline.
     """
+    if not torch.compiler.is_dynamo_compiling():
+        served = direct.logit_difference(logits, classes, baseline, top_k, temperature, alpha, ranks)
+        if served is not None:
+            return LogitDifferenceResult(*served)
     check_tensors(logits, classes)
     check_options(logits.shape[1], baseline, top_k, temperature, alpha, ranks)
     check_range(classes, logits.shape[1])

@@ -199,6 +199,100 @@ def _profiled() -> bool:
     return "diffcam_fast::cam" in {event.key for event in profile.key_averages()}
 
 
+LOGITS = torch.randn(2, 6)
+CLASSES = torch.tensor([[1, 5, 0], [2, 2, 3]])
+LOGIT_DIFFERENCE = torch.ops.diffcam_fast.logit_difference.default
+
+
+def _difference(
+    logits: Any = LOGITS,
+    classes: Any = CLASSES,
+    baseline: Any = "logsumexp",
+    top_k: Any = None,
+    temperature: Any = 1.0,
+    alpha: Any = 1.0,
+    ranks: Any = (1, 2, 3),
+) -> tuple[Tensor | None, ...] | None:
+    return direct.logit_difference(logits, classes, baseline, top_k, temperature, alpha, ranks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("targets", [None, 1, 4])
+@pytest.mark.parametrize(
+    ("baseline", "options"),
+    [
+        ("max", {}),
+        ("mean", {"top_k": 1}),
+        ("logsumexp", {"top_k": 36}),
+        ("logsumexp", {"temperature": 0.5}),
+        ("expected", {"top_k": 4, "temperature": 2.0}),
+        ("finer", {}),
+        ("finer", {"alpha": 0.6, "ranks": (36, 1)}),
+    ],
+)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_differences_are_those_of_the_op(
+    baseline: str, options: dict[str, Any], targets: int | None, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(37, 5, generator=generator).to(dtype).t()
+    classes = torch.randint(37, (5, targets or 1), generator=generator)
+    ranks = options.get("ranks", (1, 2, 3)) if baseline == "finer" else ()
+    settings = (options.get("top_k") or 0, options.get("temperature", 1.0), options.get("alpha", 1.0), [*ranks])
+    expected = LOGIT_DIFFERENCE(logits, classes, baseline, *settings)
+    served = _difference(logits, classes if targets else classes[:, 0], baseline, **options)
+    assert served is not None
+    compared = settings[0] + len(ranks)
+    for found, right in zip(served, expected, strict=True):
+        if found is None:
+            assert compared == 0 and right.numel() == 0
+            continue
+        right = right if targets else right.squeeze(1)
+        torch.testing.assert_close(found, right, rtol=0, atol=0)
+        assert found.dtype == right.dtype and found.is_contiguous()
+    assert (served[2] is None) == (compared == 0)
+    public = dcf.logit_difference(logits, classes if targets else classes[:, 0], baseline=baseline, **options)
+    assert torch.equal(public.cotangent, served[1])
+
+
+DIFFERENCES_NOT_SERVED: dict[str, Callable[[], Any]] = {
+    "one class": lambda: _difference(LOGITS[:, :1], torch.zeros(2, 1, dtype=torch.int64)),
+    "a class too many": lambda: _difference(classes=torch.tensor([[0], [6]])),
+    "a class below zero": lambda: _difference(classes=torch.tensor([[0], [-1]])),
+    "narrow indices": lambda: _difference(classes=CLASSES.int()),
+    "indices that are no integers": lambda: _difference(classes=CLASSES.double()),
+    "indices that are not next to each other": lambda: _difference(classes=torch.zeros(4, 2, dtype=torch.int64).t()),
+    "images that differ": lambda: _difference(classes=CLASSES[:1]),
+    "too many dimensions": lambda: _difference(LOGITS[None]),
+    "gradients to record": lambda: _difference(LOGITS.clone().requires_grad_()),
+    "an unknown baseline": lambda: _difference(baseline="median"),
+    "no rival": lambda: _difference(top_k=0),
+    "more rivals than there are": lambda: _difference(top_k=6),
+    "more rivals than fit": lambda: _difference(top_k=2**64),
+    "a truth value for a number": lambda: _difference(top_k=True),
+    "a temperature that does not apply": lambda: _difference(baseline="max", temperature=2.0),
+    "a temperature below zero": lambda: _difference(temperature=-1.0),
+    "a temperature without end": lambda: _difference(temperature=math.inf),
+    "alpha that does not apply": lambda: _difference(alpha=0.5),
+    "ranks that do not apply": lambda: _difference(ranks=(1, 2)),
+    "rivals beside ranks": lambda: _difference(baseline="finer", top_k=2),
+    "a rank twice": lambda: _difference(baseline="finer", ranks=(1, 1)),
+    "a rank of zero": lambda: _difference(baseline="finer", ranks=(0, 1)),
+    "a rank too many": lambda: _difference(baseline="finer", ranks=(6,)),
+    "no ranks": lambda: _difference(baseline="finer", ranks=()),
+    "ranks in a list": lambda: _difference(baseline="finer", ranks=[1, 2]),
+    "ranks that are no numbers": lambda: _difference(baseline="finer", ranks=("1",)),
+    "alpha without end": lambda: _difference(baseline="finer", alpha=math.inf),
+    "no arguments": lambda: direct.logit_difference(),
+}
+
+
+@pytest.mark.parametrize("call", DIFFERENCES_NOT_SERVED.values(), ids=DIFFERENCES_NOT_SERVED)
+def test_differences_that_are_not_served(call: Callable[[], Any]) -> None:
+    assert _difference() is not None
+    assert call() is None
+
+
 WATCHERS: dict[str, Callable[[], bool]] = {
     "a dispatch mode": lambda: _seen_by(_Dispatched()),
     "a function mode": lambda: _seen_by(_Called()),

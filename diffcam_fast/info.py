@@ -13,7 +13,7 @@ import torch
 import diffcam_fast
 from diffcam_fast import backends
 from diffcam_fast import numpy as numpy_functions
-from diffcam_fast.backends import native
+from diffcam_fast.backends import direct, native
 
 #: Packages of each extra, by the name they are imported under.
 EXTRAS = {
@@ -46,6 +46,7 @@ def report() -> dict[str, Any]:
             "available": numpy_functions.absent_because() is None,
             "reason": numpy_functions.absent_because(),
         },
+        "direct_calls": {"available": direct.absent_because is None, "reason": direct.absent_because},
         "cpu_capability": native.cpu_capability(),
         "threads": torch.get_num_threads(),
         "build": native.build_record(),
@@ -75,6 +76,7 @@ def format_report(report: dict[str, Any]) -> str:
     for name, state in report["backends"].items():
         lines.append(f"  {name:<12} {_availability(state)}")
     lines.append(f"  {'NumPy':<12} {_availability(report['numpy_module'])}")
+    lines.append(f"  {'direct calls':<12} {_availability(report['direct_calls'])}")
     if report["forced_backend"] is not None:
         lines.append(f"  forced       {report['forced_backend']}")
     for device, backend in report["serving"].items():

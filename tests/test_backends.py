@@ -280,6 +280,8 @@ def test_report_is_complete_and_readable() -> None:
     assert torch.__version__ in text
     for name in backends.BACKENDS:
         assert f"  {name}" in text
+    assert report["direct_calls"]["available"] == (report["direct_calls"]["reason"] is None)
+    assert "  direct calls" in text
 
 
 def test_what_was_built_is_in_use() -> None:

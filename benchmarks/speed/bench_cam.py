@@ -48,13 +48,13 @@ CAPTION = "gradcam, inputs not in a cache: share of the machine's read bandwidth
 INTRODUCTION = """\
 One call of `diffcam_fast.cam` (ReLU and min-max included) on a batch of activations and as many gradients.
 *cold*: the inputs rotate over copies that fill the last-level cache {cold_caches} times. *warm*: the same copy, read
-just before. *GB/s*: bytes of activations and gradients, read once, by the median time. *of read*: that, as a share of
-the read ceiling: the fastest of several plain readers, which go through {ceiling_bytes} MiB, timed in turns with
-the candidates. *vs ...*: our median time by theirs; **below 1 we are faster**. torch.compile and eager run the
-reference implementation; bmm is the product of mean gradients and activations in eager PyTorch, which in bfloat16
-also rounds its maps; dot is torch.dot of the same activations and gradients, whatever their dtype read as float32: a
-plain reader of the very same memory, in a call as short. Candidates alternate in one process; each was checked against
-the float64 reference before it was timed.
+just before. *GB/s*: bytes of activations and gradients, read once, by the median time. *of read*: what is read a
+second, as a share of the read ceiling in the same round, the median over rounds; the ceiling is the fastest of several
+plain readers, which go through {ceiling_bytes} MiB, timed in turns with the candidates. *vs ...*: our median time by
+theirs; **below 1 we are faster**. torch.compile and eager run the reference implementation; bmm is the product of mean
+gradients and activations in eager PyTorch, which in bfloat16 also rounds its maps; dot is torch.dot of the same
+activations and gradients, whatever their dtype read as float32: a plain reader of the very same memory, in a call as
+short. Candidates alternate in one process; each was checked against the float64 reference before it was timed.
 Read ceilings: {ceilings}."""
 
 

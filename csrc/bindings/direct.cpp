@@ -352,6 +352,7 @@ bool connect(const py::type& tensor, const py::object& capsule, uintptr_t thread
     torch.grad_enabled = py::object(grad_enabled).release().ptr();
     torch.is_negative = py::object(is_negative).release().ptr();
     torch.requires_grad = PyUnicode_InternFromString("requires_grad");
+    torch.watchers.clear();
     for (const py::handle& watcher : watchers)
         torch.watchers.push_back(py::object(watcher, true).release().ptr());
     torch.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());

@@ -32,31 +32,35 @@ def _watchers() -> tuple[Callable[[], Any], ...]:
     )
 
 
-def _connected() -> ModuleType | None:
-    """The compiled functions, or None where they or what they need of PyTorch is not there."""
+def _connect() -> tuple[ModuleType | None, str | None]:
+    """The compiled functions, or why they or what they need of PyTorch is not there."""
     if native.absent_because is not None:
-        return None
+        return None, native.absent_because
     try:
         compiled = importlib.import_module("diffcam_fast._C")
         served = compiled.connect(
             Tensor,
-            # PyTorch has it since DLPack's version 1.3.
             Tensor.__dlpack_c_exchange_api__,
             getattr(torch.ops, NAMESPACE).thread_pool(),
             torch.is_grad_enabled,
             Tensor.is_neg,
             _watchers(),
         )
-    except (ImportError, AttributeError):
-        return None
-    return compiled if served else None
+    except (ImportError, AttributeError) as error:
+        return None, f"{error} (torch {torch.__version__})"
+    if not served:
+        return None, f"torch {torch.__version__} offers no version 1 of DLPack's exchange in C"
+    return compiled, None
 
 
 def _not_served(*arguments: Any) -> None:
     return None
 
 
-_compiled = _connected()
+_compiled: ModuleType | None
+#: Why there is no short way, or None where there is.
+absent_because: str | None
+_compiled, absent_because = _connect()
 
 #: `diffcam_fast.cam` of (activations, gradients, method, relu, normalize, eps, whether the gradients have a target
 #: dimension for certain), or None.

@@ -46,9 +46,9 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 INTRODUCTION = """\
 One call of `diffcam_fast.cam` (gradcam, with ReLU and min-max) on a batch of activations and as many gradients, neither
-of them in a cache. *GB/s*: bytes of both, each read once, by the median time. *of read*: that, as a share of the read
-ceiling: the fastest of several plain readers ({reader}), timed in turns with the call. Maps were checked
-against the float64 reference before anything was timed."""
+of them in a cache. *GB/s*: bytes of both, each read once, by the median time. *of read*: what is read a second, as a
+share of what the fastest of several plain readers ({reader}) reads in the same round: the median over rounds. Maps
+were checked against the float64 reference before anything was timed."""
 
 
 class Inputs:
@@ -113,7 +113,9 @@ def columns(inputs: Inputs, mine: Timing, ceiling: ReadCeiling, read: Timing | N
     row = {"bytes": inputs.bytes, "rounds": mine.rounds, **mine.milliseconds(), "gb_per_s": gb_per_s}
     if read is not None:
         row["ceiling_gb_per_s"] = 1e-9 * ceiling.bytes_per_call / read.median
-        row["share_of_read"] = gb_per_s / row["ceiling_gb_per_s"]
+        # A machine may change its speed between rounds, and the reader's with it.
+        quotient = read.multiple("share", mine)["share"]
+        row["share_of_read"] = inputs.bytes / ceiling.bytes_per_call * quotient
     return row
 
 

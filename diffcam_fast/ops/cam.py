@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from diffcam_fast.backends import direct
 from diffcam_fast.backends.library import NAMESPACE, define
@@ -65,7 +66,7 @@ def cam(
         TypeError: an argument is not a tensor, has a dtype that is not supported, or dtypes differ.
         ValueError: ranks or shapes do not match, devices differ, or ``method``, ``normalize`` or ``eps`` is not valid.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not is_dynamo_compiling():
         served = direct.cam(activations, gradients, method, relu, normalize, eps, False)
         if served is not None:
             return served

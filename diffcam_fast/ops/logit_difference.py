@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from diffcam_fast.backends import direct
 from diffcam_fast.backends.library import NAMESPACE, define
@@ -94,7 +95,7 @@ def logit_difference(
         ValueError: shapes do not match, devices differ, a class is out of range, or an option is out of range
             or does not apply to the baseline.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not is_dynamo_compiling():
         served = direct.logit_difference(logits, classes, baseline, top_k, temperature, alpha, ranks)
         if served is not None:
             return LogitDifferenceResult(*served)

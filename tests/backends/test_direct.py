@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -326,6 +329,27 @@ def test_a_forced_backend_is_not_passed_by() -> None:
     with use_backend("cpu"):
         assert direct.is_serving() and torch.equal(_call(), MAPS)
     assert direct.is_serving()
+
+
+def test_without_what_it_needs_of_pytorch_the_op_serves() -> None:
+    """And `diffcam info` says what is missing."""
+    code = (
+        "import torch; del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "import diffcam_fast; from diffcam_fast import info\n"
+        "assert not diffcam_fast.backends.direct.is_serving()\n"
+        "values = torch.ones(1, 2, 3)\n"
+        "assert diffcam_fast.cam(values, values).shape == (1, 3)\n"
+        "print(info.format_report(info.report()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = [line for line in run.stdout.splitlines() if "direct calls" in line]
+    assert "absent" in line and "__dlpack_c_exchange_api__" in line
+
+
+def test_another_capsule_is_not_taken() -> None:
+    connect = importlib.import_module("diffcam_fast._C").connect
+    assert not connect(Tensor, object(), 0, torch.is_grad_enabled, Tensor.is_neg, ())
+    assert torch.equal(_call(), MAPS)
 
 
 def test_many_threads_at_a_time() -> None:

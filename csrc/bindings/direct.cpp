@@ -69,13 +69,16 @@ bool plain_view(PyObject* object, bool records, dlpack::Tensor* view) {
 }
 
 bool scalar_type(const dlpack::DataType& type, ScalarType* found) {
-    const bool brain = type.code == dlpack::kBFloat && type.bits == 16;
-    if (type.lanes != 1 || (type.code != dlpack::kFloat && !brain)) return false;
-    if (brain || type.bits == 16)
-        *found = brain ? ScalarType::bfloat16 : ScalarType::float16;
-    else
-        *found = type.bits == 64 ? ScalarType::float64 : ScalarType::float32;
-    return brain || type.bits == 16 || type.bits == 32 || type.bits == 64;
+    if (type.lanes != 1) return false;
+    if (type.code == dlpack::kBFloat) {
+        *found = ScalarType::bfloat16;
+        return type.bits == 16;
+    }
+    if (type.code != dlpack::kFloat) return false;
+    *found = type.bits == 16   ? ScalarType::float16
+             : type.bits == 64 ? ScalarType::float64
+                               : ScalarType::float32;
+    return type.bits == 16 || type.bits == 32 || type.bits == 64;
 }
 
 ScalarType accumulation_type(ScalarType type) {
@@ -95,11 +98,13 @@ void set_spatial_strides(ConstView* view, const dlpack::Tensor& tensor, int firs
         view->spatial_stride[i] = i < unused ? 0 : tensor.strides[first + i - unused];
 }
 
+// False for what is no text, or holds a zero: it would count as the name that ends there.
 bool text(PyObject* object, const char** found) {
     if (!PyUnicode_Check(object)) return false;
-    *found = PyUnicode_AsUTF8(object);
+    Py_ssize_t length = 0;
+    *found = PyUnicode_AsUTF8AndSize(object, &length);
     if (*found == nullptr) PyErr_Clear();
-    return *found != nullptr;
+    return *found != nullptr && strlen(*found) == static_cast<size_t>(length);
 }
 
 void set_python_error(void*, const char*, const char* message) {
@@ -364,8 +369,7 @@ PyMethodDef functions[] = {
      "diffcam_fast.cam of plain CPU tensors, or None where the op has to serve the call."},
     {"direct_logit_difference",
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&logit_difference)), METH_FASTCALL,
-     "diffcam_fast.logit_difference of plain CPU tensors, finer apart, or None where the op has to serve "
-     "it."},
+     "diffcam_fast.logit_difference of plain CPU tensors, or None where the op has to serve the call."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -103,7 +103,7 @@ def test_maps_are_ordinary_tensors() -> None:
     maps = _call()
     maps.add_(1)
     assert maps._version == 1 and not maps.requires_grad and maps.is_contiguous()
-    assert maps.data_ptr() != 0 and maps.storage_offset() == 0
+    assert str(maps.device) == "cpu" and maps.storage_offset() == 0 and maps.data_ptr() % 64 == 0
     assert not maps.is_inference()
     with torch.inference_mode():
         assert _call().is_inference()
@@ -140,6 +140,8 @@ NOT_SERVED: dict[str, Callable[[], Tensor | None]] = {
     "too many dimensions": lambda: _call(ACTIVATIONS[None, None, None], GRADIENTS[None, None, None]),
     "no target dimension": lambda: _call(targets=True),
     "an unknown method": lambda: _call(method="scorecam"),
+    "a method with a zero behind it": lambda: _call(method="gradcam\0"),
+    "a normalisation with a zero behind it": lambda: _call(normalize="minmax\0"),
     "a method that is no text": lambda: _call(method=3),
     "a method that is no Unicode": lambda: _call(method="\ud800"),
     "an unknown normalisation": lambda: _call(normalize="zscore"),
@@ -269,6 +271,7 @@ DIFFERENCES_NOT_SERVED: dict[str, Callable[[], Any]] = {
     "too many dimensions": lambda: _difference(LOGITS[None]),
     "gradients to record": lambda: _difference(LOGITS.clone().requires_grad_()),
     "an unknown baseline": lambda: _difference(baseline="median"),
+    "a baseline with a zero behind it": lambda: _difference(baseline="max\0"),
     "no rival": lambda: _difference(top_k=0),
     "more rivals than there are": lambda: _difference(top_k=6),
     "more rivals than fit": lambda: _difference(top_k=2**64),

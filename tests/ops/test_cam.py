@@ -193,6 +193,21 @@ def test_planes_of_every_length(cpu_backend: str, dtype: torch.dtype, method: st
         _assert_agree(found.unsqueeze(1), activations, gradients.unsqueeze(1), (method, False, "none", 1e-7))
 
 
+# Where channels are next to each other, their rows are read several at a time, and of long rows more.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_channels_long_and_short(cpu_backend: str, dtype: torch.dtype, method: str) -> None:
+    generator = torch.Generator().manual_seed(9)
+    long_row = 1024 // dtype.itemsize
+    for channels in (long_row - 1, long_row, long_row + 33):
+        for positions in (1, 2, 3, 5, 8, 11, 15, 17, 49):
+            shape = (2, channels, positions, 1)
+            activations = _channels_last(torch.rand(shape, generator=generator).to(dtype))
+            gradients = _channels_last(torch.randn(shape, generator=generator).to(dtype))
+            found = dcf.cam(activations, gradients, method, relu=False, normalize=None)
+            _assert_agree(found.unsqueeze(1), activations, gradients.unsqueeze(1), (method, False, "none", 1e-7))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(1, 2048, 7, 7), (5, 67, 13, 11), (2, 8, 64, 64), (5, 24, 50, 61), (13, 1030, 7, 7)])

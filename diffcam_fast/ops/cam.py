@@ -60,7 +60,7 @@ def cam(
 
     Returns:
         Maps ``(N, *S)``, or ``(N, T, *S)`` where the gradients have a target dimension; contiguous; float32, or
-        float64 for float64 input.
+        float64 for float64 input. Their storage may be one that `resize_` cannot make larger.
 
     Raises:
         TypeError: an argument is not a tensor, has a dtype that is not supported, or dtypes differ.

@@ -88,7 +88,7 @@ def logit_difference(
         without T where ``classes`` is (N,); int64 for ``rivals``, otherwise float32, or float64 for float64
         logits. ``rivals`` are the ``top_k`` strongest by descending logit, or for "finer" the classes at
         ``ranks`` in the order given; ``differences`` are ``z_c - z_rival``. Both are None where ``top_k`` is
-        None and the baseline is not "finer".
+        None and the baseline is not "finer". Their storage may be one that `resize_` cannot make larger.
 
     Raises:
         TypeError: an argument is not of the type, or a tensor not of a dtype, described above.

@@ -1,8 +1,8 @@
-// An op's way through PyTorch's dispatcher takes microseconds where everything is in a cache, and a hundred
-// of them right after a network has run, when none of the code and none of the tables on that way are. These
-// functions read tensors by the C interface of DLPack instead. They serve plain calls alone: where anything
-// might want to see the call (autograd, tracing, modes, transforms, a profiler), or an argument is not as it
-// should be, they return None, and the op takes the call, or says what is wrong with it.
+// An op's way through PyTorch's dispatcher is a large part of a small call, and largest right after a network
+// has run, when the caches hold none of the code and none of the tables on that way. These functions read
+// tensors by the C interface of DLPack instead. They serve plain calls alone: where anything might want to
+// see the call (autograd, tracing, modes, transforms, a profiler), or an argument is not as it should be,
+// they return None, and the op takes the call, or says what is wrong with it.
 
 #include "direct.h"
 

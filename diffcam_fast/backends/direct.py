@@ -1,10 +1,10 @@
 """The short way to the compiled CPU kernels: past PyTorch's dispatcher, for calls that nothing but the kernel wants.
 
-An op called through the dispatcher costs a few microseconds, and more than a hundred right after a network has run,
-when the caches hold none of what is on that way. The functions here cost what a built-in function of PyTorch costs.
-They return None where they do not serve a call: a tensor is not a plain one on the CPU, an argument is not valid,
-gradients are recorded, a mode, a transform, a trace or a profiler is active, another backend is forced, or the library
-was not compiled. The op serves it then, or raises.
+The way through the dispatcher is a large part of a small call, and largest right after a network has run, when the
+caches hold nothing of what is on that way (`benchmarks/results/cam.md` and `logit_difference.md` time whole calls). The
+functions here return None where they do not serve a call: a tensor is not a plain one on the CPU, an argument is not
+valid, gradients are recorded, a mode, a transform, a trace or a profiler is active, another backend is forced, or the
+library was not compiled. The op serves it then, or raises.
 """
 
 from __future__ import annotations

@@ -318,12 +318,13 @@ def test_whoever_watches_sees_the_op(sees_the_op: Callable[[], bool]) -> None:
 
 def test_a_transform_gets_the_op() -> None:
     def served(values: Tensor) -> Tensor:
-        found.append(_call(values, values))
+        # What is transformed, and what is plain but for the transform around it.
+        found.extend([_call(values, values), _call()])
         return values
 
     found: list[Tensor | None] = []
     torch.func.vmap(served)(torch.rand(3, *ACTIVATIONS.shape))
-    assert found == [None]
+    assert found == [None, None]
 
 
 def test_a_forced_backend_is_not_passed_by() -> None:

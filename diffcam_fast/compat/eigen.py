@@ -1,4 +1,4 @@
-"""The first principal component of activations as a map (Muhammad and Yeasin 2020), from the small Gram matrix."""
+"""The first principal component of activations as a map (Muhammad and Yeasin 2020), from a small triangular factor."""
 
 from __future__ import annotations
 
@@ -23,40 +23,52 @@ def first_component(activations: Tensor) -> Tensor:
     """Positions projected on the first right singular vector of the centred activations.
 
     With X the ``(positions, channels)`` matrix of an image, each channel less its mean over positions, and NaN taken
-    for 0: ``X v``, for the ``v`` with the largest ``|X v|``. It comes from the eigenvectors of ``X X^T`` or ``X^T X``,
-    whichever is smaller, of all images at a time, in float64.
+    for 0: ``X v``, for the ``v`` with the largest ``|X v|``. Where X is much longer one way than the other, as with the
+    many channels of most layers, what is decomposed is its triangular factor, as small as the Gram matrix.
 
-    A singular vector has no sign of its own. The one here is what NumPy's SVD, which is LAPACK's gesdd, gives to X:
-    an accident of the Householder reflections there, not a property of the image. It is found from the triangular
-    factor of X where gesdd itself starts from that, and from a thin SVD otherwise, on the host. Where two singular
-    values nearly coincide, neither the map nor its sign is determined.
+    A singular vector has no sign of its own. The one here is what NumPy's SVD, which is LAPACK's gesdd, gives to X: an
+    accident of the Householder reflections there, not a property of the image. It comes out the same because gesdd
+    itself starts from the triangular factor of such matrices. Where two singular values nearly coincide, neither the
+    map nor its sign is determined.
 
     Args:
-        activations: ``(N, C, *S)``, floating point.
+        activations: ``(N, C, *S)``, floating point; brought to the host.
 
     Returns:
         ``(N, *S)``, float32 (float64 for float64 activations).
     """
     dtype = torch.float64 if activations.dtype == torch.float64 else torch.float32
-    images, channels, *size = activations.shape
-    x = activations.detach().flatten(2).transpose(1, 2).to(dtype)
-    x = torch.where(x.isnan(), 0, x)
-    x = x - x.mean(1, keepdim=True)
+    images, _, *size = activations.shape
+    x = activations.detach().to("cpu", dtype).flatten(2)
     if x.numel() == 0:
-        return x.new_zeros((images, *size))
-    wide = x.to(torch.float64)
-    positions = wide.shape[1]
-    if positions <= channels:
-        values, vectors = torch.linalg.eigh(wide @ wide.mT)
-        projection = vectors[:, :, -1] * values[:, -1:].clamp(min=0).sqrt()
-    else:
-        vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors
-        projection = (wide @ vectors[:, :, -1:]).squeeze(2)
+        return activations.new_zeros((images, *size), dtype=dtype)
+    mean = x.mean(2, keepdim=True)
+    if mean.isnan().any():
+        x = torch.where(x.isnan(), 0, x)
+        mean = x.mean(2, keepdim=True)
+    projection = _projection(x - mean)
+    return projection.to(activations.device).reshape(images, *size)
+
+
+def _projection(x: Tensor) -> Tensor:
+    """``v^T x`` of matrices x (N, C, P), by the path that the full decomposition of X = x^T takes through LAPACK."""
+    _, channels, positions = x.shape
+    if channels >= _ELONGATED * positions:
+        left, values, _ = _decomposed(_triangular_factor(x).mT)
+        return left[:, :, 0] * values[:, :1]
+    longer = positions >= _ELONGATED * channels
+    right = _decomposed(_triangular_factor(x.mT) if longer else x.mT)[2]
+    return (right[:, :1] @ x).squeeze(1)
+
+
+def _triangular_factor(tall: Tensor) -> Tensor:
+    return torch.geqrf(tall)[0][:, : tall.shape[2]].triu()
+
+
+def _decomposed(matrices: Tensor) -> list[Tensor]:
+    # NumPy's, not PyTorch's: with another LAPACK the signs would be others.
     with _limiting, _single_thread():
-        theirs = torch.from_numpy(np.stack([_projection_as_lapack_signs_it(image) for image in x.numpy(force=True)]))
-    agreement = (theirs.to(projection.device, torch.float64) * projection).sum(1, keepdim=True)
-    projection = torch.where(agreement < 0, -projection, projection)
-    return projection.to(dtype).reshape(images, *size)
+        return [torch.from_numpy(part) for part in np.linalg.svd(matrices.numpy(), full_matrices=False)]
 
 
 def _single_thread() -> AbstractContextManager[Any]:
@@ -76,21 +88,3 @@ def _blas() -> Any:
     except ImportError:
         return None
     return threadpoolctl.ThreadpoolController().select(user_api="blas")
-
-
-def _projection_as_lapack_signs_it(x: np.ndarray) -> np.ndarray:
-    """``x @ v``, by the same path through LAPACK that the full decomposition of `x` takes."""
-    positions, channels = x.shape
-    if channels >= _ELONGATED * positions:
-        left, values, _ = np.linalg.svd(_triangular_factor(x.T).T)
-        projection: np.ndarray = left[:, 0] * values[0]
-        return projection
-    factor = _triangular_factor(x) if positions >= _ELONGATED * channels else x
-    right = np.linalg.svd(factor, full_matrices=False)[2]
-    projection = x @ right[0]
-    return projection
-
-
-def _triangular_factor(x: np.ndarray) -> np.ndarray:
-    factor: Any = np.linalg.qr(x, mode="r")
-    return np.asarray(factor)

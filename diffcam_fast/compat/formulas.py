@@ -6,8 +6,6 @@ activations before they are pooled, and the choices of others.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -78,34 +76,7 @@ def weighted_activations(activations: Tensor, gradients: Tensor, method: str) ->
     raise ValueError(f"method: expected a method of diffcam_fast.cam; got {method!r}")
 
 
-class WeightedDifference(NamedTuple):
-    """Gradient of FinerCAM's target with respect to the logits: ``one_hot(classes) @ factors + rest * softmax``."""
-
-    classes: Tensor
-    """(N, T, 1 + R), int64: the class, and those compared with."""
-
-    factors: Tensor
-    """(N, T, 1 + R)."""
-
-    rest: Tensor
-    """(N, T, 1)."""
-
-    softmax: Tensor
-    """(N, 1, K)."""
-
-    @property
-    def rest_is_rounding(self) -> bool:
-        """Whether the rest is less than what rounding takes from factors of order 1. Waits for the device."""
-        return self.rest.abs().amax().item() <= 0.5 * torch.finfo(self.rest.dtype).eps
-
-    def written_down(self) -> Tensor:
-        """(N, T, K)."""
-        return (self.rest * self.softmax).scatter_add_(2, self.classes, self.factors)
-
-
-def weighted_difference(
-    logits: Tensor, classes: Tensor, others: Tensor, alpha: Tensor, eps: float = 1e-9
-) -> WeightedDifference:
+def weighted_difference(logits: Tensor, classes: Tensor, others: Tensor, alpha: Tensor, eps: float = 1e-9) -> Tensor:
     """Gradient of FinerCAM's target for given classes of comparison, in closed form (Zhang et al. 2025).
 
     The target is ``sum_i p_i (z_c - alpha z_i) / (sum_i p_i + eps)`` with the softmax ``p``, not detached.
@@ -116,6 +87,9 @@ def weighted_difference(
         others: ``(N, T, R)``, int64.
         alpha: ``(N, T)``.
         eps: see above.
+
+    Returns:
+        ``(N, T, K)``.
     """
     everything = (*classes.shape, logits.shape[1])
     picked = torch.cat([classes.unsqueeze(2), others], 2)
@@ -129,4 +103,4 @@ def weighted_difference(
     divisor = total + eps
     score = (weights * differences).sum(2, keepdim=True) / divisor
     factors = torch.cat([total, weights * (differences - alpha - score)], 2) / divisor
-    return WeightedDifference(picked, factors, score * (-eps) / divisor, p)
+    return (score * (-eps) / divisor * p).scatter_add_(2, picked, factors)

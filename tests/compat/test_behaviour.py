@@ -353,6 +353,8 @@ def test_without_targets_and_under_autocast() -> None:
         (lambda m, x: ours.GradCAM(m, [m.late])(x, [lambda o: x.sum().requires_grad_()] * 3), ValueError, "depend on"),
         (lambda m, x: ours.FinerCAM(m, [m.late], base_method=dict)(x), TypeError, "base_method: expected a class"),
         (lambda m, x: ours.FinerCAM(m, [m.late])(x, comparison_categories=[9]), ValueError, "ranks below 7"),
+        (lambda m, x: ours.FinerCAM(m, [m.late])(x, target_idx=7), IndexError, "class 7 is out of bounds .* 7 classes"),
+        (lambda m, x: ours.FinerCAM(m, [m.late])(x, target_idx="1"), TypeError, "target_idx: expected an integer"),
     ),
 )
 def test_refusals(call: Any, error: type[Exception], message: str) -> None:

@@ -231,7 +231,14 @@ def test_metrics_of_the_original(metric: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    ({}, {"alpha": 0.4}, {"comparison_categories": [2, -1]}, {"target_idx": 3}, {"eigen_smooth": True}),
+    (
+        {},
+        {"alpha": 0.4},
+        *({"comparison_categories": ranks} for ranks in ([2, -1], [3, 0], [1, 1], [2, 1, 5])),
+        {"target_idx": 3},
+        {"target_idx": -2, "alpha": 0.6},
+        {"eigen_smooth": True},
+    ),
     ids=str,
 )
 @pytest.mark.parametrize("kind", (Flat, Pooled))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import index
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from diffcam_fast.compat.engine import Chosen, Cotangent
-from diffcam_fast.compat.formulas import WeightedDifference, weighted_difference
+from diffcam_fast.compat.formulas import weighted_difference
 from diffcam_fast.compat.pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget, FinerWeightedTarget
 from diffcam_fast.explain.classes import classes_for, parse_classes
 from diffcam_fast.explain.targets import LogProbability, Probability
+from diffcam_fast.ops.logit_difference import logit_difference
 from diffcam_fast.reference.cam import accumulation_dtype
 
 # Subclasses may do anything, and are called.
@@ -131,9 +133,11 @@ class NearestRivals:
             ValueError: no class is left to compare with.
         """
         logits = _logits(outputs)
+        if self._rivals_only(logits.shape[1]):
+            return self._by_kernel(logits)
         classes, others = self._compared(logits)
         alpha = torch.full_like(logits[:, :1], self._alpha)
-        return _few_logits(weighted_difference(logits, classes, others.unsqueeze(1), alpha))
+        return Cotangent(weighted_difference(logits, classes, others.unsqueeze(1), alpha))
 
     def functions(self, outputs: Any) -> list[list[_Function]]:
         """See `Wanted.functions`."""
@@ -141,13 +145,47 @@ class NearestRivals:
         pairs = zip(classes[:, 0].tolist(), others.tolist(), strict=True)
         return [[FinerWeightedTarget(main, compared, self._alpha) for main, compared in pairs]]
 
-    def _compared(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        ranks = [rank for rank in ((1, 2, 3) if self._ranks is None else self._ranks) if rank < logits.shape[1]]
+    def _rivals_only(self, count: int) -> bool:
+        """Whether the class is compared with others alone, each once, as the kernel has it."""
+        ranks = self._known_ranks(count)
+        return min(ranks) > 0 and len(set(ranks)) == len(ranks)
+
+    def _by_kernel(self, logits: Tensor) -> Chosen | Cotangent:
+        classes = self._classes(logits)
+        ranks = self._known_ranks(logits.shape[1])
+        found = logit_difference(logits, classes, baseline="finer", alpha=float(self._alpha), ranks=ranks)
+        assert found.rivals is not None
+        # On a GPU, asking takes longer than what it saves.
+        if logits.device.type == "cpu" and logits.numel() > 0:
+            compared = torch.cat([classes.unsqueeze(2), found.rivals], 2)
+            factors = found.cotangent.gather(2, compared)
+            # Where the class's own factor is rounded to 1, all that other classes have between them is less than what
+            # rounding takes from the rivals' factors: both are that small a part of the score.
+            if bool((factors[:, :, 0] == 1).all()):
+                return Chosen(compared, factors)
+        return Cotangent(found.cotangent)
+
+    def _classes(self, logits: Tensor) -> Tensor:
+        """(N, 1)."""
+        if self._target is None:
+            return logits.argmax(1, keepdim=True)
+        chosen = _indices([[self._target]], logits)
+        if chosen is None:
+            raise TypeError(f"target_idx: expected an integer or None; got {type(self._target).__name__}")
+        return chosen.expand(len(logits), 1)
+
+    def _known_ranks(self, count: int) -> list[int]:
+        given = (1, 2, 3) if self._ranks is None else self._ranks
+        ranks = [index(rank) for rank in given if rank < count]
         if not ranks:
-            raise ValueError(f"comparison_categories: expected ranks below {logits.shape[1]}; got {self._ranks}")
-        target = logits.amax(1) if self._target is None else logits[:, self._target]
+            raise ValueError(f"comparison_categories: expected ranks below {count}; got {self._ranks}")
+        return ranks
+
+    def _compared(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        ranks = self._known_ranks(logits.shape[1])
+        target = logits.gather(1, self._classes(logits))
         farthest = logits.shape[1] if min(ranks) < 0 else max(ranks) + 1
-        nearest = (logits - target.unsqueeze(1)).abs().topk(farthest, largest=False).indices
+        nearest = (logits - target).abs().topk(farthest, largest=False).indices
         return nearest[:, :1], nearest[:, ranks]
 
 
@@ -156,13 +194,6 @@ def _logits(outputs: Any) -> Tensor:
         got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ValueError(f"targets: expected a model that returns logits (N, K), to choose classes; got {got}")
     return outputs.detach().to(accumulation_dtype(outputs.dtype))
-
-
-def _few_logits(difference: WeightedDifference) -> Chosen | Cotangent:
-    # On a GPU, asking takes longer than what it saves.
-    if difference.rest.device.type == "cpu" and difference.rest.numel() > 0 and difference.rest_is_rounding:
-        return Chosen(difference.classes, difference.factors)
-    return Cotangent(difference.written_down())
 
 
 def _all_at_once(rows: list[list[_Function]], logits: Tensor) -> Chosen | Cotangent | None:
@@ -205,12 +236,12 @@ def _weighted_difference(rows: list[list[Any]], logits: Tensor) -> Tensor | None
     compared = [[list(target.comparison_categories) for target in row] for row in rows]
     if classes is None or len({len(others) for row in compared for others in row}) != 1 or not compared[0][0]:
         return None
-    others = _indices([[index for others in row for index in others] for row in compared], logits)
+    others = _indices([[other for others in row for other in others] for row in compared], logits)
     if others is None:
         return None
     alpha = torch.tensor([[float(target.alpha) for target in row] for row in rows], dtype=torch.float64)
     alpha = alpha.to(logits.device, logits.dtype, non_blocking=True)
-    return weighted_difference(logits, classes, others.reshape(*classes.shape, -1), alpha).written_down()
+    return weighted_difference(logits, classes, others.reshape(*classes.shape, -1), alpha)
 
 
 _CHOOSING = "ClassifierOutputTarget"
@@ -231,10 +262,10 @@ def _indices(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
     count = logits.shape[1]
     found = []
     for row in rows:
-        for index in row:
-            if isinstance(index, bool) or not hasattr(index, "__index__"):
+        for given in row:
+            if isinstance(given, bool) or not hasattr(given, "__index__"):
                 return None
-            number = index.__index__()
+            number = index(given)
             if not -count <= number < count:
                 raise IndexError(f"targets: class {number} is out of bounds for a model with {count} classes")
             found.append(number % count)

@@ -41,8 +41,10 @@ demo: build
 	$(BIN)/python -m diffcam_fast.models.samples $(CACHE)/samples
 	$(BIN)/diffcam explain $(CACHE)/samples/chelsea.png $(CACHE)/samples/both.png --output demo
 
+# Two processes at a time. Threads that have nothing to do sleep: spinning they would take the other process's time. A
+# file's tests stay together, since what takes long to set up is shared by them.
 test: build
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
 
 sanitize: build
 	tests/sanitize.sh $(BIN)/python

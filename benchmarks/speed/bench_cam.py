@@ -43,6 +43,9 @@ LARGEST_BATCH = max(shape[0] for shape in SHAPES)
 SHARE_OF_READ = 0.7
 SHARE_OF_READ_LARGE, LARGE_BYTES = 0.85, 50e6
 
+#: Long enough for the median of single rounds' quotients to settle on a machine that changes its speed every second.
+EFFORT = Effort(seconds=2.0)
+
 CAPTION = "gradcam, inputs not in a cache: share of the machine's read bandwidth, by shape."
 
 INTRODUCTION = """\
@@ -194,7 +197,7 @@ def run(quick: bool = False) -> Report:
     """
     require_compiled("cam")
     chosen = cases(quick)
-    effort = QUICK if quick else Effort()
+    effort = QUICK if quick else EFFORT
     ceilings = {}
     for count in sorted({case.threads for case in chosen}):
         with threads(count):

@@ -133,7 +133,7 @@ class Engine:
         with Capture(self._layers, habits.untouched, inference=habits.inference) as capture:
             outputs = run_eagerly(self.model, images)
         captured = capture.outputs()
-        torch.set_grad_enabled(False)  # `evaluating` puts it back
+        torch._C._set_grad_enabled(False)  # `evaluating` puts it back
         with autocast_off(images.device.type):
             with torch.enable_grad():
                 wanted = score(outputs)

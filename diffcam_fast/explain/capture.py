@@ -168,7 +168,7 @@ class Capture(LayerHooks):
             self._recording = torch.inference_mode(False)
             self._recording.__enter__()
         self._stop_refusing()
-        torch.set_grad_enabled(True)
+        torch._C._set_grad_enabled(True)
 
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Keep the output, hand on a copy or the output itself."""

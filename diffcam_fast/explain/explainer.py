@@ -247,7 +247,7 @@ class Explainer:
             output = run_eagerly(self.model, images)
         captured = capture.outputs()
         logits = check_logits(output, images.shape[0])
-        torch.set_grad_enabled(False)  # `evaluating` puts it back
+        torch._C._set_grad_enabled(False)  # `evaluating` puts it back
         with autocast_off(logits.device.type):
             return self._explain(images, logits, captured, requested, habits, watch)
 

@@ -31,9 +31,11 @@ def finished(raw: Tensor, relu: bool, normalize: str | None) -> Tensor:
         Maps of the same shape.
     """
     # Each map is the one channel of an image of its own, whose gradient is 1.
-    flat = raw.reshape(-1, 1, *raw.shape[2:])
+    flat = raw if raw.shape[1] == 1 else raw.reshape(-1, 1, *raw.shape[2:])
     one = _one(raw.dtype) if type(raw) is Tensor and raw.device.type == "cpu" else raw.new_ones((1, 1, 1))
-    return unchecked_cam(flat, one.expand(len(flat), 1, 1), "hirescam", relu, normalize).reshape(raw.shape)
+    gradients = one if len(flat) == 1 else one.expand(len(flat), 1, 1)
+    maps = unchecked_cam(flat, gradients, "hirescam", relu, normalize)
+    return maps if flat is raw else maps.reshape(raw.shape)
 
 
 @lru_cache(maxsize=2)
@@ -107,16 +109,16 @@ def _can_enlarge(maps: Tensor, size: tuple[int, ...]) -> bool:
 def _enlarged(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     images, targets, height, width = maps.shape
     count = images * targets
-    rows, columns = _weights(height, size[0], maps.dtype), _weights(width, size[1], maps.dtype)
-    wide = torch.mm(maps.reshape(count * height, width), columns.t())
+    (rows, _), (_, columns) = _weights(height, size[0], maps.dtype), _weights(width, size[1], maps.dtype)
+    wide = torch.mm(maps.reshape(count * height, width), columns)
     if count == 1:
         return torch.mm(rows, wide).view(images, targets, *size)
     return torch.bmm(rows.expand(count, -1, -1), wide.view(count, height, size[1])).view(images, targets, *size)
 
 
 @lru_cache(maxsize=32)
-def _weights(old: int, new: int, dtype: torch.dtype) -> Tensor:
-    """(new, old): what each new position takes of each old one."""
+def _weights(old: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(new, old): what each new position takes of each old one; and its transpose."""
     with torch.inference_mode(False), torch.no_grad():
         places = ((torch.arange(new, dtype=dtype, device="cpu") + 0.5) * (old / new) - 0.5).clamp_(min=0)
         below = places.floor().clamp_(max=old - 1)
@@ -124,4 +126,5 @@ def _weights(old: int, new: int, dtype: torch.dtype) -> Tensor:
         first = below.long().unsqueeze(1)
         found = torch.zeros((new, old), dtype=dtype, device="cpu")
         found.scatter_add_(1, first, 1 - share)
-        return found.scatter_add_(1, (first + 1).clamp_(max=old - 1), share)
+        found.scatter_add_(1, (first + 1).clamp_(max=old - 1), share)
+        return found, found.t()

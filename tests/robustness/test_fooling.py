@@ -120,7 +120,7 @@ def test_recorded_maps_of_pairs(small: nn.Module) -> None:
         *((target, "gradcam") for target in ATTACKED[1:]),
         (LogitDifference(), "gradcam++"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: getattr(value, "__name__", str(value)[:40]),
 )
 @pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 def test_gradients_with_respect_to_parameters(

@@ -40,7 +40,9 @@ def _change(network: nn.Module, other: nn.Module, images: Tensor, target: Any, m
 
 
 @pytest.mark.parametrize("kind", [PooledConvolutions, InPlaceAfter, Residual])
-@pytest.mark.parametrize("shift", [CornerSum(0.3), RegionSum(-0.2, ((1, 3), (0, 2))), _squared], ids=str)
+@pytest.mark.parametrize(
+    "shift", [CornerSum(0.3), RegionSum(-0.2, ((1, 3), (0, 2))), _squared], ids=["corner", "region", "function"]
+)
 def test_probabilities_and_differences_stay_single_logits_do_not(kind: type[Tapped], shift: Any) -> None:
     network = make(kind, torch.float32)
     images = network.images(4, torch.float32)

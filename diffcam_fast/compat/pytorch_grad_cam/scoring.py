@@ -161,7 +161,7 @@ class NearestRivals:
             factors = found.cotangent.gather(2, compared)
             # Where the class's own factor is rounded to 1, all that other classes have between them is less than what
             # rounding takes from the rivals' factors: both are that small a part of the score.
-            if bool((factors[:, :, 0] == 1).all()):
+            if factors[:, :, 0].amin().item() == 1:
                 return Chosen(compared, factors)
         return Cotangent(found.cotangent)
 
@@ -174,9 +174,9 @@ class NearestRivals:
             raise TypeError(f"target_idx: expected an integer or None; got {type(self._target).__name__}")
         return chosen.expand(len(logits), 1)
 
-    def _known_ranks(self, count: int) -> list[int]:
+    def _known_ranks(self, count: int) -> tuple[int, ...]:
         given = (1, 2, 3) if self._ranks is None else self._ranks
-        ranks = [index(rank) for rank in given if rank < count]
+        ranks = tuple(index(rank) for rank in given if rank < count)
         if not ranks:
             raise ValueError(f"comparison_categories: expected ranks below {count}; got {self._ranks}")
         return ranks
@@ -186,7 +186,7 @@ class NearestRivals:
         target = logits.gather(1, self._classes(logits))
         farthest = logits.shape[1] if min(ranks) < 0 else max(ranks) + 1
         nearest = (logits - target).abs().topk(farthest, largest=False).indices
-        return nearest[:, :1], nearest[:, ranks]
+        return nearest[:, :1], nearest[:, list(ranks)]
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -260,13 +260,16 @@ def _categories(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
 def _indices(rows: list[list[Any]], logits: Tensor) -> Tensor | None:
     """Indices (N, T) as Python counts them, from the end where negative; None for what is not an integer."""
     count = logits.shape[1]
-    found = []
+    found: list[list[int]] = []
     for row in rows:
+        found.append([])
         for given in row:
             if isinstance(given, bool) or not hasattr(given, "__index__"):
                 return None
             number = index(given)
             if not -count <= number < count:
                 raise IndexError(f"targets: class {number} is out of bounds for a model with {count} classes")
-            found.append(number % count)
-    return torch.tensor(found).reshape(len(rows), -1).to(logits.device, non_blocking=True)
+            found[-1].append(number % count)
+    classes = torch.tensor(found)
+    # Right after a network has run every operator is felt, also one that does nothing.
+    return classes if logits.device.type == "cpu" else classes.to(logits.device, non_blocking=True)

@@ -41,10 +41,9 @@ demo: build
 	$(BIN)/python -m diffcam_fast.models.samples $(CACHE)/samples
 	$(BIN)/diffcam explain $(CACHE)/samples/chelsea.png $(CACHE)/samples/both.png --output demo
 
-# Two processes at a time. Threads that have nothing to do sleep: spinning they would take the other process's time. A
-# file's tests stay together, since what takes long to set up is shared by them.
+# In two processes. Threads that have nothing to do sleep: spinning they would take the other process's time.
 test: build
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_FLAGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_FLAGS)
 
 sanitize: build
 	tests/sanitize.sh $(BIN)/python

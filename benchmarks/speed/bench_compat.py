@@ -217,7 +217,7 @@ def effort_for(case: Case) -> Effort:
     if case.library == TORCHCAM and case.method not in LIBRARIES[TORCHCAM].batches:
         # The user's own pass is nearly all there is to either: it takes rounds to tell them apart.
         return Effort(seconds=6.0, minimum_rounds=11 if case.batch > 8 else 15, maximum_rounds=120)
-    long = case.batch > 8 or (case.batch > 1 and case.method in LIBRARIES[case.library].batches)
+    long = case.batch > 1 and case.method in LIBRARIES[case.library].batches
     return Effort(seconds=3.0, minimum_rounds=3 if long else 5, maximum_rounds=60)
 
 

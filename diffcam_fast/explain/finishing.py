@@ -102,7 +102,8 @@ def _can_enlarge(maps: Tensor, size: tuple[int, ...]) -> bool:
         and max(maps.shape[2:]) <= _SMALL
         and maps.numel() > 0
         and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+        # `torch.backends.mkldnn.matmul.fp32_precision`, which is a long way round.
+        and torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")
     )
 
 

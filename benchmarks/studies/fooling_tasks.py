@@ -111,7 +111,7 @@ def load_tasks(settings: Settings) -> list[Task]:
 def _cifar(settings: Settings) -> Task:
     network = networks.load("cifar_resnet18", settings.cache)
     train, test = data.cifar10("train", settings.cache), data.cifar10("test", settings.cache)
-    count = 150 if settings.quick else 500
+    count = 80 if settings.quick else 500
     model = network.model.requires_grad_()
     # The attack trains the later half alone: its maps become the hoax sooner, and its accuracy suffers less.
     for name in ("conv1", "bn1", "layer1", "layer2"):
@@ -127,7 +127,7 @@ def _cifar(settings: Settings) -> Task:
         network.labels,
         True,
         (3, 5),  # cats and dogs
-        Training(60 if settings.quick else 90, 32, 1.8e-4, 10.0),
+        Training(30 if settings.quick else 90, 32, 1.8e-4, 10.0),
     )
 
 
@@ -156,7 +156,7 @@ def _faces(settings: Settings) -> Task:
         faces.names,
         True,
         (0, 1),
-        Training(100 if settings.quick else 200, 32, 2e-3, 20.0),
+        Training(50 if settings.quick else 200, 32, 2e-3, 20.0),
     )
 
 

@@ -14,7 +14,7 @@ rm -f "$copy"/diffcam_fast/*.so
 cd "$copy"
 
 # -O1: instrumented code is slow to compile at more, and finds no more. Checks that are called, not written out at each
-# place, find the same and take half as long to compile; only gcc has and needs the parameter.
+# place, find the same, and the kernels compile sooner so. The parameter is gcc's.
 flags="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 called="--param=asan-instrumentation-with-call-threshold=0"
 if "${CXX:-c++}" $called -x c++ -fsyntax-only /dev/null 2>/dev/null; then flags="$flags $called"; fi

@@ -43,7 +43,7 @@ LARGEST_BATCH = max(shape[0] for shape in SHAPES)
 SHARE_OF_READ = 0.7
 SHARE_OF_READ_LARGE, LARGE_BYTES = 0.85, 50e6
 
-#: Long enough for the median of single rounds' quotients to settle on a machine that changes its speed every second.
+#: Many rounds, for medians that judge by single rounds' quotients.
 EFFORT = Effort(seconds=2.0)
 
 CAPTION = "gradcam, inputs not in a cache: share of the machine's read bandwidth, by shape."

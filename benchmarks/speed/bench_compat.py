@@ -34,8 +34,8 @@ BATCHES = (1, 8, 32)
 #: Of the images of a smoke run.
 QUICK_SIZE = 96
 
-#: Classes whose original leaves NumPy's threads spinning, and for how many seconds nobody is timed after it: OpenBLAS's
-#: wait a while for more work before they sleep.
+#: Classes whose original leaves NumPy's threads spinning, and for how many seconds nobody is timed after a call:
+#: OpenBLAS's wait a while for more work before they sleep.
 SPINNING = ("EigenCAM", "EigenGradCAM")
 REST = 0.1
 
@@ -246,7 +246,7 @@ def pair(library: Library, method: str, scene: Scene) -> dict[str, Candidate]:
         # A map that is the same everywhere would agree with too much.
         return 0.0 if (maps.flatten(1).amax(1) > maps.flatten(1).amin(1)).all() else float("inf")
 
-    # After ours, too: a processor that has rested is slower at first, for whoever comes next.
+    # After ours, too, so that both are timed after a rest.
     rest = REST if method in SPINNING else 0.0
     return {
         "original": Candidate(lambda copy: calls["original"](), emptiness, 0.0, rest),

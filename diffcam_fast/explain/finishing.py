@@ -110,16 +110,16 @@ def _can_enlarge(maps: Tensor, size: tuple[int, ...]) -> bool:
 def _enlarged(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     images, targets, height, width = maps.shape
     count = images * targets
-    (rows, _), (_, columns) = _weights(height, size[0], maps.dtype), _weights(width, size[1], maps.dtype)
-    wide = torch.mm(maps.reshape(count * height, width), columns)
+    rows, columns = _weights(height, size[0], maps.dtype), _weights(width, size[1], maps.dtype)
+    wide = torch.mm(maps.reshape(count * height, width), columns.t())
     if count == 1:
         return torch.mm(rows, wide).view(images, targets, *size)
     return torch.bmm(rows.expand(count, -1, -1), wide.view(count, height, size[1])).view(images, targets, *size)
 
 
 @lru_cache(maxsize=32)
-def _weights(old: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(new, old): what each new position takes of each old one; and its transpose."""
+def _weights(old: int, new: int, dtype: torch.dtype) -> Tensor:
+    """(new, old): what each new position takes of each old one."""
     with torch.inference_mode(False), torch.no_grad():
         places = ((torch.arange(new, dtype=dtype, device="cpu") + 0.5) * (old / new) - 0.5).clamp_(min=0)
         below = places.floor().clamp_(max=old - 1)
@@ -127,5 +127,4 @@ def _weights(old: int, new: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         first = below.long().unsqueeze(1)
         found = torch.zeros((new, old), dtype=dtype, device="cpu")
         found.scatter_add_(1, first, 1 - share)
-        found.scatter_add_(1, (first + 1).clamp_(max=old - 1), share)
-        return found, found.t()
+        return found.scatter_add_(1, (first + 1).clamp_(max=old - 1), share)

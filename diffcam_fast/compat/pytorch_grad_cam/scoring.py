@@ -133,8 +133,10 @@ class NearestRivals:
             ValueError: no class is left to compare with.
         """
         logits = _logits(outputs)
-        if self._rivals_only(logits.shape[1]):
-            return self._by_kernel(logits)
+        ranks = self._known_ranks(logits.shape[1])
+        # The kernel compares a class with others alone, and with each once.
+        if min(ranks) > 0 and len(set(ranks)) == len(ranks):
+            return self._by_kernel(logits, ranks)
         classes, others = self._compared(logits)
         alpha = torch.full_like(logits[:, :1], self._alpha)
         return Cotangent(weighted_difference(logits, classes, others.unsqueeze(1), alpha))
@@ -145,14 +147,8 @@ class NearestRivals:
         pairs = zip(classes[:, 0].tolist(), others.tolist(), strict=True)
         return [[FinerWeightedTarget(main, compared, self._alpha) for main, compared in pairs]]
 
-    def _rivals_only(self, count: int) -> bool:
-        """Whether the class is compared with others alone, each once, as the kernel has it."""
-        ranks = self._known_ranks(count)
-        return min(ranks) > 0 and len(set(ranks)) == len(ranks)
-
-    def _by_kernel(self, logits: Tensor) -> Chosen | Cotangent:
+    def _by_kernel(self, logits: Tensor, ranks: tuple[int, ...]) -> Chosen | Cotangent:
         classes = self._classes(logits)
-        ranks = self._known_ranks(logits.shape[1])
         found = logit_difference(logits, classes, baseline="finer", alpha=float(self._alpha), ranks=ranks)
         assert found.rivals is not None
         # On a GPU, asking takes longer than what it saves.

@@ -20,6 +20,7 @@ from benchmarks.speed import (
     bench_overlay,
     bench_region_shift,
     bench_saliency_contrast,
+    bench_same_bits,
 )
 from benchmarks.speed.measure import NotCompiled, WrongResult
 from diffcam_fast.benchmark.machine import keep_freed_memory
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[bool], report.Report]] = {
     "growth": bench_growth.run,
     "memory": bench_memory.run,
     "memory_format": bench_memory_format.run,
+    "same_bits": bench_same_bits.run,
 }
 
 

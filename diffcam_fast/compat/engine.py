@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from diffcam_fast.explain.capture import Capture, Captured, LayerHooks, ordinary
 from diffcam_fast.explain.evaluation import autocast_off, evaluating
+from diffcam_fast.explain.exact_format import Restoring, exact_format
 from diffcam_fast.explain.explainer import DEFAULT_MEMORY_BUDGET
 from diffcam_fast.explain.graph import Tail
 from diffcam_fast.explain.habits import CAUTIOUS, HabitBook, Habits
 from diffcam_fast.explain.layers import run_eagerly, unwrapped
+from diffcam_fast.explain.memory_format import FasterFormat
+from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 from diffcam_fast.explain.pull_back import check_differentiable, pull_back
 from diffcam_fast.reference.cam import accumulation_dtype
 
@@ -105,16 +108,17 @@ class Engine:
         self._order = [names[id(layer)] for layer in layers]
         self._reshape = reshape
         self._as_changed = as_changed
-        # In the order that the images come in: in another one a network rounds otherwise than for the original.
-        self._habits: HabitBook[Record] = HabitBook()
+        self._poolings = max_poolings(self.model)
+        self._faster_format = FasterFormat(self.model)
+        self._habits: HabitBook[Record] = HabitBook(start=self._first_habits)
 
     def activations(self, images: Tensor) -> Record:
         """One forward pass, of which nothing is recorded."""
         with evaluating(self.model):
-            with _Outputs(self._layers, self._reshape, self._as_changed) as hooks:
-                outputs = run_eagerly(self.model, ordinary(images))
-            found = hooks.found()
-        return Record(outputs, [found[name] for name in self._order], None)
+            images = ordinary(images)
+            if self._as_changed:
+                return self._without_gradients(images, CAUTIOUS)[0]
+            return self._habits.follow(images, self._without_gradients)
 
     def gradients(self, images: Tensor, score: Score) -> Record:
         """One forward pass and the pull-back of scores.
@@ -129,8 +133,22 @@ class Engine:
                 return self._attempt(images, score, CAUTIOUS)[0]
             return self._habits.follow(images, lambda given, habits: self._attempt(given, score, habits))
 
+    def _first_habits(self, images: Tensor) -> Habits:
+        # Another order in memory must not round otherwise than the original does.
+        faster = self._faster_format(images)
+        restored = None if faster is None else exact_format(self.model, self._layers.values(), images)
+        return CAUTIOUS if restored is None else replace(CAUTIOUS, memory_format=faster, restored=restored)
+
+    def _without_gradients(self, images: Tensor, habits: Habits) -> tuple[Record, Habits]:
+        hooks = _Outputs(self._layers, self._reshape, self._as_changed)
+        with FasterPooling(self._poolings), Restoring(habits.restored), hooks:
+            outputs = run_eagerly(self.model, images)
+        found = hooks.found()
+        return Record(outputs, [found[name] for name in self._order], None), habits
+
     def _attempt(self, images: Tensor, score: Score, habits: Habits) -> tuple[Record, Habits]:
-        with Capture(self._layers, habits.untouched, inference=habits.inference) as capture:
+        capture = Capture(self._layers, habits.untouched, inference=habits.inference)
+        with FasterPooling(self._poolings), Restoring(habits.restored), capture:
             outputs = run_eagerly(self.model, images)
         captured = capture.outputs()
         torch._C._set_grad_enabled(False)  # `evaluating` puts it back

@@ -75,10 +75,12 @@ class LayerHooks(ABC):
 
     def __enter__(self) -> Self:
         self._thread = threading.get_ident()
+        if not self._modules:
+            return self
         try:
             with _hooks_lock:
                 for index, module in enumerate(self._modules):
-                    self._handles.append(module.register_forward_hook(self._hook(index), with_kwargs=True))
+                    self._register(index, module)
         except BaseException:
             self._remove()
             raise
@@ -87,22 +89,41 @@ class LayerHooks(ABC):
     def __exit__(self, *exception: object) -> None:
         self._remove()
 
+    def _register(self, index: int, module: nn.Module) -> None:
+        self._handles.append(module.register_forward_hook(self._output_hook(index), with_kwargs=True))
+
     def _remove(self) -> None:
+        if not self._handles:
+            return
         with _hooks_lock:
             for handle in self._handles:
                 handle.remove()
         self._handles.clear()
 
-    def _hook(self, index: int) -> Any:
+    def _output_hook(self, index: int) -> Any:
         # PyTorch looks up whether a hook takes keyword arguments when it calls it: in another thread it may find that
         # this hook is gone, and leave them out.
         def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Any:
-            if threading.get_ident() != self._thread:
+            if self._passes_by():
                 return None
             kwargs, output = rest
             return self.on_output(index, (*args, *kwargs.values()), output)
 
         return hook
+
+    def _input_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            return None if self._passes_by() else self.on_input(index, args)
+
+        return hook
+
+    def _passes_by(self) -> bool:
+        # What a model compiles while it is explained is there when the hooks are gone.
+        return torch.compiler.is_compiling() or threading.get_ident() != self._thread
+
+    def on_input(self, index: int, inputs: tuple[Any, ...]) -> Any:
+        """What module number `index` is called with instead, unless None; for those that register such hooks."""
+        return None
 
     @abstractmethod
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> Any:

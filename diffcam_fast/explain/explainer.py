@@ -35,6 +35,7 @@ from diffcam_fast.explain.memory_format import (
     in_format,
     same_but_for_rounding,
 )
+from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 from diffcam_fast.explain.positions import check_size
 from diffcam_fast.explain.pull_back import check_differentiable
 from diffcam_fast.explain.targets import LogitDifference, Target, TargetFunction, check_target
@@ -148,6 +149,7 @@ class Explainer:
         self.memory_budget = memory_budget
         self._all_layers = isinstance(layers, str) and layers == ALL and ALL not in dict(self.model.named_modules())
         self._layers = None if layers is None or self._all_layers else resolve_layers(self.model, layers)
+        self._poolings = max_poolings(self.model)
         self.memory_format = check_memory_format(memory_format)
         self._habits = HabitBook(FasterFormat(self.model) if self.memory_format == AUTO else None, _agree)
 
@@ -243,7 +245,8 @@ class Explainer:
         watch: Callable[[Tail], None] | None = None,
     ) -> tuple[Explanation, Habits]:
         """An explanation, and what was learned about the model from it."""
-        with Capture(layers, habits.untouched, inference=habits.inference) as capture:
+        capture = Capture(layers, habits.untouched, inference=habits.inference)
+        with FasterPooling(self._poolings), capture:
             output = run_eagerly(self.model, images)
         captured = capture.outputs()
         logits = check_logits(output, images.shape[0])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffcam_fast.explain.capture import Captured
 from diffcam_fast.explain.evaluation import autocast_dtype
+from diffcam_fast.explain.exact_format import NOWHERE, Restored
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -41,12 +42,14 @@ class Habits:
         linear_head: whether autograd agreed with the head's weight, where the graph shows a linear head; None: not
             known.
         memory_format: the order in memory that the images are handed to the model in; None: as they come.
+        restored: where images in that order become contiguous again.
     """
 
     inference: bool = False
     untouched: frozenset[str] = frozenset()
     linear_head: bool | None = None
     memory_format: torch.memory_format | None = None
+    restored: Restored = NOWHERE
 
     def with_head(self, linear: bool) -> Habits:
         """The same, knowing about the head."""
@@ -70,17 +73,21 @@ class HabitBook(Generic[Result]):
         faster_format: the order in memory that a model is faster on; None where that is the images' own. None: images
             stay as they are.
         agree: whether two results of the same images could be one, rounded in two ways; needed with `faster_format`.
+        start: the habits of the first pass over images of a kind, where that is not one with every precaution and in
+            the images' order.
     """
 
     def __init__(
         self,
         faster_format: Callable[[Tensor], torch.memory_format | None] | None = None,
         agree: Callable[[Result, Result], bool] | None = None,
+        start: Callable[[Tensor], Habits] | None = None,
     ) -> None:
         self._known: dict[Hashable, Habits] = {}
         self._cautious = False
         self._faster_format = faster_format
         self._agree = agree
+        self._start = start
         # Whether the model gives the same in another order; None: not tried.
         self._any_format: bool | None = None
 
@@ -93,12 +100,15 @@ class HabitBook(Generic[Result]):
                 the habits for the next one.
         """
         cast = autocast_dtype(images.device.type)
-        signature = images.shape, images.stride(), images.dtype, images.device, cast
-        habits = self._known.get(signature)
+        signature = images.shape, images.stride(), images.dtype, images.device, cast, torch.get_num_threads()
+        habits = known = self._known.get(signature)
         if self._cautious:
             result, learned = attempt(images, CAUTIOUS if habits is None else _cautious(habits))
             self._learn(signature, learned)
             return result
+        if habits is None and self._start is not None:
+            start = self._start(images)
+            habits = None if start.memory_format is None else start
         if habits is None:
             faster = None if self._faster_format is None else self._faster_format(images)
             if faster is None or self._any_format is False:
@@ -116,7 +126,7 @@ class HabitBook(Generic[Result]):
         except RuntimeError:
             pass
         else:
-            if learned is not habits:
+            if learned is not known:
                 self._learn(signature, learned)
             return result
         _restore_random_state(images.device, random)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffcam_fast.compat.pytorch_grad_cam import GradCAM
 from diffcam_fast.explain import Explainer
 from diffcam_fast.explain.memory_format import FasterFormat, same_but_for_rounding
 from tests.explain.test_side_effects import SURROUNDINGS, _unchanged
@@ -279,11 +278,3 @@ class TestRounding:
     def test_constants(self) -> None:
         assert same_but_for_rounding(torch.zeros(3), torch.zeros(3))
         assert not same_but_for_rounding(torch.ones(3), torch.zeros(3))
-
-
-def test_drop_ins_keep_the_order_of_the_original() -> None:
-    model, images = Depthwise(), _images()
-    cam = GradCAM(model, [model.layer])
-    for _ in range(2):
-        cam(images)
-    assert model.channels_last == [False, False]

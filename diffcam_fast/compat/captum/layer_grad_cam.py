@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from diffcam_fast.compat.aliases import strict_by_default
 from diffcam_fast.compat.captum.attributions import fused, stepwise
-from diffcam_fast.compat.captum.passes import Found, Pass, on_one_device, undisturbed
+from diffcam_fast.compat.captum.passes import Found, Pass, on_one_device, poolings_of, undisturbed
 from diffcam_fast.compat.captum.refusals import InvalidType
 from diffcam_fast.compat.captum.targets import Targets, parse_targets
 from diffcam_fast.compat.originals import original
@@ -74,6 +74,7 @@ class LayerGradCam(_Attribution):  # type: ignore[misc]
         self.device_ids = device_ids
         self.strict = strict_by_default("captum") if strict is None else strict
         self._needs_history: tuple[Any, Any] | None = None
+        self._poolings: tuple[Any, list[nn.MaxPool2d]] | None = None
 
     @_wrapping
     def attribute(
@@ -214,7 +215,8 @@ class LayerGradCam(_Attribution):  # type: ignore[misc]
         if not (of_input or attached or known):
             state = _random_state(arguments)
             try:
-                return Pass(function, self.layer)(arguments, targets, options)
+                plain = Pass(function, self.layer, poolings=self._poolings_of(function))
+                return plain(arguments, targets, options)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
@@ -225,6 +227,11 @@ class LayerGradCam(_Attribution):  # type: ignore[misc]
         if not (of_input or attached):
             self._needs_history = function, self.layer
         return found
+
+    def _poolings_of(self, function: Callable[..., Any]) -> list[nn.MaxPool2d]:
+        if self._poolings is None or self._poolings[0] is not function:
+            self._poolings = function, poolings_of(function)
+        return self._poolings[1]
 
 
 def _arguments(inputs: Any, further: Any) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,7 @@ from diffcam_fast.compat.captum.targets import Targets
 from diffcam_fast.explain.capture import ordinary
 from diffcam_fast.explain.evaluation import autocast_off
 from diffcam_fast.explain.layers import unwrapped
+from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Pass:
         function: what is explained: a model, or a function around one.
         layer: a module of it.
         of_input: what the layer is given is explained, not what it puts out.
+        poolings: from `poolings_of` the function.
         history: see `Recording`.
         attached: what is found keeps its history.
         as_captum: see `Recording`.
@@ -50,6 +52,7 @@ class Pass:
     function: Callable[..., Any]
     layer: nn.Module
     of_input: bool = False
+    poolings: Sequence[nn.MaxPool2d] = ()
     history: bool = False
     attached: bool = False
     as_captum: bool = False
@@ -65,7 +68,7 @@ class Pass:
             arguments = tuple(ordinary(value) if isinstance(value, Tensor) else value for value in arguments)
         recording = Recording(self.layer, of_input=self.of_input, history=self.history, as_captum=self.as_captum)
         try:
-            with recording:
+            with FasterPooling(self.poolings), recording:
                 torch.set_grad_enabled(self.history)
                 output = _called(self.function, arguments)
             return self._pulled_back(output, recording, targets, grad_kwargs)
@@ -134,6 +137,12 @@ def on_one_device(function: Callable[..., Any], arguments: tuple[Any, ...]) -> t
         device = torch.device(function.src_device_obj)
         arguments = tuple(value.to(device) if isinstance(value, Tensor) else value for value in arguments)
     return unwrapped(function), arguments
+
+
+def poolings_of(function: Callable[..., Any]) -> list[nn.MaxPool2d]:
+    """Layers for `FasterPooling`, where the function is a model or a method of one."""
+    model = _model_of(function)
+    return [] if model is None else max_poolings(model)
 
 
 def _called(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

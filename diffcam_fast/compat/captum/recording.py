@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from diffcam_fast.compat.captum.refusals import InvalidType, InvalidValue
 from diffcam_fast.explain.capture import LayerHooks, ordinary
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-# For hooks on inputs, as those on outputs have theirs: PyTorch numbers them without a lock.
-_hooks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -54,17 +47,14 @@ class Recording(LayerHooks):
         self._found: list[Recorded] = []
         self._versions: list[tuple[Tensor, int]] = []
 
-    def __enter__(self) -> Self:
-        if not self._of_input:
-            return super().__enter__()
-        self._thread = threading.get_ident()
-        with _hooks_lock:
-            self._handles.extend(module.register_forward_pre_hook(self._on_input) for module in self._modules)
-        return self
+    def _register(self, index: int, module: nn.Module) -> None:
+        if self._of_input:
+            self._handles.append(module.register_forward_pre_hook(self._input_hook(index)))
+        else:
+            super()._register(index, module)
 
-    def _on_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        if threading.get_ident() != self._thread:
-            return None
+    def on_input(self, index: int, inputs: tuple[Any, ...]) -> Any:
+        """Take note of what the layer is given, hand on a copy."""
         return self._note(inputs, inputs)
 
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> Any:

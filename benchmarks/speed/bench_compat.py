@@ -216,7 +216,7 @@ def effort_for(case: Case) -> Effort:
     """Where a round takes seconds, few of them have to do: it is too long for an interruption to matter."""
     if case.library == TORCHCAM and case.method not in LIBRARIES[TORCHCAM].batches:
         # The user's own pass is nearly all there is to either: it takes rounds to tell them apart.
-        return Effort(seconds=6.0, minimum_rounds=11 if case.batch > 8 else 15, maximum_rounds=120)
+        return Effort(seconds=12.0, minimum_rounds=15, maximum_rounds=240)
     long = case.batch > 1 and case.method in LIBRARIES[case.library].batches
     return Effort(seconds=3.0, minimum_rounds=3 if long else 5, maximum_rounds=60)
 

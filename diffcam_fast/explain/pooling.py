@@ -35,15 +35,17 @@ def max_poolings(model: nn.Module) -> list[nn.MaxPool2d]:
 class FasterPooling(LayerHooks):
     """Within, layers that get contiguous images on a CPU pool channels-last copies of them.
 
-    Only in the thread that entered, and only where nothing is recorded for autograd. Layers that the caller has hooked
-    are left alone: such hooks would see what is meant for ours.
+    Only in the thread that entered. Layers that the caller has hooked are left alone: such hooks would see what is
+    meant for ours.
 
     Args:
         layers: from `max_poolings`.
+        recorded: also where autograd records, with the same gradients.
     """
 
-    def __init__(self, layers: Iterable[nn.MaxPool2d]) -> None:
+    def __init__(self, layers: Iterable[nn.MaxPool2d], *, recorded: bool = False) -> None:
         super().__init__(layer for layer in layers if not _is_watched(layer))
+        self._recorded = recorded
         self._pooled: Tensor | None = None
 
     def _register(self, index: int, module: nn.Module) -> None:
@@ -56,8 +58,14 @@ class FasterPooling(LayerHooks):
         self._pooled = None
         if len(inputs) != 1 or not _gains(inputs[0]):
             return None
-        self._pooled = _pooled(self._modules[index], inputs[0])
-        return (inputs[0][:0],)
+        (images,), layer = inputs, self._modules[index]
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            self._pooled = _pooled(layer, images)[0]
+        elif self._recorded:
+            self._pooled = _Recorded.apply(images, layer)
+        else:
+            return None
+        return (images.detach()[:0],)
 
     def on_output(self, index: int, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         """Hand on what was pooled."""
@@ -65,22 +73,47 @@ class FasterPooling(LayerHooks):
         return pooled
 
 
-def _pooled(layer: nn.Module, images: Tensor) -> Tensor:
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, layer: Any) -> Tensor:
+        pooled, indices = _pooled(layer, images, with_indices=True)
+        ctx.save_for_backward(images, indices)
+        ctx.arguments = _arguments(layer)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        images, indices = ctx.saved_tensors
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return backward(gradient, images, *ctx.arguments, indices), None
+
+
+def _pooled(layer: Any, images: Tensor, *, with_indices: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The pooled images, and where in its plane each value comes from."""
     count, channels, height, width = images.shape
     step = max(1, _VALUES_AT_A_TIME // (channels * height * width))
     parts = min(ceil(channels * height * width / _VALUES_AT_A_TIME), channels // _CHANNELS)
     # As many channels as fit into a processor's registers, or a multiple.
     width_of_part = _CHANNELS * ceil(channels / parts / _CHANNELS)
-    pooled: Tensor | None = None
+    pooled = indices = None
     for first in range(0, count, step):
         for channel in range(0, channels, width_of_part):
             place = slice(first, first + step), slice(channel, channel + width_of_part)
-            part = nn.MaxPool2d.forward(layer, images[place].contiguous(memory_format=torch.channels_last))  # type: ignore[arg-type]
+            part = images[place].contiguous(memory_format=torch.channels_last)
+            values, origins = torch.ops.aten.max_pool2d_with_indices(part, *_arguments(layer))
             if pooled is None:
-                pooled = images.new_empty((count, channels, *part.shape[2:]))
-            pooled[place] = part
+                pooled = images.new_empty((count, channels, *values.shape[2:]))
+                indices = torch.empty_like(pooled, dtype=origins.dtype) if with_indices else None
+            pooled[place] = values
+            if indices is not None:
+                indices[place] = origins
     assert pooled is not None
-    return pooled
+    return pooled, indices
+
+
+def _arguments(layer: nn.MaxPool2d) -> tuple[Any, ...]:
+    pairs = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    return (*(list(pair) if isinstance(pair, Iterable) else [pair, pair] for pair in pairs), layer.ceil_mode)
 
 
 def _is_watched(layer: nn.MaxPool2d) -> bool:
@@ -99,8 +132,9 @@ def _gains(images: Any) -> bool:
         and images.dim() == 4
         and images.shape[1] >= _CHANNELS
         and images.numel() >= _VALUES
-        and not torch.is_grad_enabled()
-        and torch._C._functorch.maybe_current_level() is None  # transforms know but one order
+        # Transforms know but one order, and derivatives that go forward none of this.
+        and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
         and images.is_contiguous()
         and not images.is_contiguous(memory_format=torch.channels_last)
     )

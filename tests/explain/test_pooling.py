@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from diffcam_fast.compat.captum import LayerGradCam
 from diffcam_fast.compat.pytorch_grad_cam import EigenCAM, GradCAM
+from diffcam_fast.compat.torchcam.methods import CAM
+from diffcam_fast.compat.torchcam.methods import GradCAM as TorchcamGradCAM
 from diffcam_fast.explain import Explainer, pooling
 from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 from tests.explain.test_side_effects import _unchanged
@@ -28,7 +31,12 @@ def _noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
     found: list[torch.Size] = []
     pooled = pooling._pooled
     with monkeypatch.context() as patch:
-        patch.setattr(pooling, "_pooled", lambda layer, images: found.append(images.shape) or pooled(layer, images))
+
+        def noting(layer: nn.Module, images: Tensor, **options: Any) -> Any:
+            found.append(images.shape)
+            return pooled(layer, images, **options)
+
+        patch.setattr(pooling, "_pooled", noting)
         yield found
 
 
@@ -77,6 +85,63 @@ def test_same_bits(
             found = layer(images)
     assert noted == [images.shape]
     assert _same_bits(found, expected)
+
+
+@given(
+    layer=_poolings(),
+    shape=st.tuples(st.integers(1, 3), st.integers(16, 40), st.integers(8, 20), st.integers(8, 20)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_same_gradients(layer: nn.MaxPool2d, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Ties, as a ReLU makes them.
+    images = torch.randn(shape, generator=generator).relu().to(dtype).requires_grad_()
+    expected = layer(images)
+    gradient = torch.randn(expected.shape, generator=generator).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "_VALUES", 1)
+        patch.setattr(pooling, "_VALUES_AT_A_TIME", 2**11)
+        with _noted(patch) as noted, FasterPooling([layer], recorded=True):
+            found = layer(images)
+    assert noted == [images.shape]
+    assert _same_bits(found.detach(), expected.detach())
+    (mine,), (theirs,) = (torch.autograd.grad(pooled, images, gradient) for pooled in (found, expected))
+    assert _same_bits(mine, theirs)
+
+
+class TestRecorded:
+    def test_second_derivatives(self) -> None:
+        layer, images = nn.MaxPool2d(3, 2, 1), _images(1, 16, 64, 64).requires_grad_()
+
+        def second() -> Tensor:
+            (first,) = torch.autograd.grad((layer(images) ** 3).sum(), images, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), images)[0]
+
+        expected = second()
+        with FasterPooling([layer], recorded=True):
+            found = second()
+        assert torch.equal(found, expected)
+        assert expected.any()
+
+    def test_changes_in_place_are_noticed(self) -> None:
+        layer, images = nn.MaxPool2d(3, 2, 1), _images(1, 16, 64, 64).requires_grad_()
+        changed = images + 1
+        with FasterPooling([layer], recorded=True):
+            pooled = layer(changed)
+        changed.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            pooled.sum().backward()
+
+    def test_derivatives_that_go_forward(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        layer, images = nn.MaxPool2d(3, 2, 1), _images(1, 16, 64, 64).requires_grad_()
+        with torch.autograd.forward_ad.dual_level(), _noted(monkeypatch) as noted:
+            dual = torch.autograd.forward_ad.make_dual(images, torch.ones_like(images))
+            with FasterPooling([layer], recorded=True):
+                found = layer(dual)
+            tangent = torch.autograd.forward_ad.unpack_dual(found).tangent
+        assert noted == []
+        assert torch.equal(tangent, torch.ones_like(tangent))
 
 
 class Subclass(nn.MaxPool2d):
@@ -243,3 +308,65 @@ def test_explanations(
     monkeypatch.setattr(pooling, "_CHANNELS", 1000)
     assert torch.equal(found, explain(model, model.get_submodule(layer), images))
     assert (found.flatten(1).amax(1) > found.flatten(1).amin(1)).all()
+
+
+class TestTorchcam:
+    """Its passes are the user's own, recorded or not."""
+
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+    @pytest.mark.parametrize("method", [TorchcamGradCAM, CAM])
+    def test_maps(self, method: type, mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+        model, images = Pooled(), _images(2, 3, 48, 40)
+        with _unchanged(model), _noted(monkeypatch) as noted, method(model, "layer") as extractor, mode():
+            logits = model(images)
+            (found,) = extractor([1, 2], logits)
+        assert noted[0] == (2, 32, 48, 40)
+        monkeypatch.setattr(pooling, "_CHANNELS", 1000)
+        with method(model, "layer") as extractor, mode():
+            plain = model(images)
+            (expected,) = extractor([1, 2], plain)
+        assert torch.equal(found, expected)
+        assert torch.equal(logits, plain)
+
+    def test_the_users_gradients(self) -> None:
+        model, images = Pooled(), _images(2, 3, 48, 40).requires_grad_()
+        wanted = [images, *model.parameters()]
+        expected = torch.autograd.grad(model(images).square().sum(), wanted)
+        with TorchcamGradCAM(model, "layer"):
+            found = torch.autograd.grad(model(images).square().sum(), wanted)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+    def test_hooks_are_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, images = Pooled(), _images(2, 3, 48, 40)
+        with _noted(monkeypatch) as noted, TorchcamGradCAM(model, "layer", enable_hooks=False):
+            model(images)
+        assert noted == []
+
+    def test_after_an_error(self) -> None:
+        model = Pooled()
+        with TorchcamGradCAM(model, "layer"):
+            with pytest.raises(RuntimeError, match="channels"):
+                model(_images(2, 4, 48, 40))
+            assert not model.first._forward_hooks
+            assert not model.first._forward_pre_hooks
+            model(_images(2, 3, 48, 40))
+        assert not model._forward_hooks
+        assert not model.first._forward_hooks
+
+    def test_two_extractors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, images = Pooled(), _images(2, 3, 48, 40)
+        expected = model(images)
+        with TorchcamGradCAM(model, "layer") as one, CAM(model, "layer") as other, _noted(monkeypatch) as noted:
+            logits = model(images)
+            maps = [extractor([1, 2], logits)[0] for extractor in (one, other)]
+        assert noted == [(2, 32, 48, 40), (2, 64, 24, 20)]
+        assert torch.equal(logits, expected)
+        assert not torch.equal(*maps)
+
+    def test_threads(self) -> None:
+        model, images = Pooled(), _images(2, 3, 48, 40)
+        expected = model(images)
+        with TorchcamGradCAM(model, "layer"), ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: model(images).detach(), range(40)))
+        assert all(torch.equal(logits, expected) for logits in found)
+        assert not model.first._forward_hooks

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from diffcam_fast.compat.originals import attribute
 from diffcam_fast.compat.torchcam.methods._utils import locate_candidate_layer
 from diffcam_fast.compat.torchcam.scoring import Classes, OutputTarget, Targets
 from diffcam_fast.explain.finishing import unchecked_cam
+from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,6 +85,12 @@ class _CAM:
         for idx, name in enumerate(self.target_names):
             hook = partial(self._on_output, idx=idx)
             self.hook_handles.append(self.submodule_dict[name].register_forward_hook(hook))
+        self._poolings = max_poolings(model)
+        # Of passes that are under way, by thread.
+        self._pooling: dict[int, FasterPooling] = {}
+        if self._poolings:
+            self.hook_handles.append(model.register_forward_pre_hook(self._start_pooling))
+            self.hook_handles.append(model.register_forward_hook(self._end_pooling, always_call=True))
 
     def enable_hooks(self) -> None:
         """Take note of forward passes."""
@@ -102,6 +110,17 @@ class _CAM:
         for handle in self.hook_handles:
             handle.remove()
         self.hook_handles.clear()
+
+    def _start_pooling(self, *_: Any) -> None:
+        self._end_pooling()
+        if self._hooks_enabled and not torch.compiler.is_compiling():
+            pooling = self._pooling[get_ident()] = FasterPooling(self._poolings, recorded=True)
+            pooling.__enter__()
+
+    def _end_pooling(self, *_: Any) -> None:
+        pooling = self._pooling.pop(get_ident(), None)
+        if pooling is not None:
+            pooling.__exit__()
 
     @contextmanager
     def _hooks_off(self) -> Iterator[None]:

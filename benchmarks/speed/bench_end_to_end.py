@@ -59,10 +59,11 @@ call. Everybody's maps were checked against ours, and ours against Grad-CAM in p
 classes plus the bare product of the head's weight and the activations; for every block the bare forward pass and
 gradient of the images, parameters frozen. *vs floor*: our time by that. All images are contiguous, as data loaders
 make them, and plain inference and the floor work on them as they are. By itself the explainer hands them on
-channels-last to networks with depthwise separable convolutions ([memory_format.md](memory_format.md)), and then may
-take less than inference on what it was given. What is left of that when inference is given channels-last images to
-begin with: *channels-last*, plain inference on those, and *vs faster*, our time by that of plain inference in the
-faster order; the bars are about inference on the images as they are. *compiled*: `Explainer.compile` beside the
+channels-last to networks with depthwise separable convolutions ([memory_format.md](memory_format.md)), and pools
+channels-last copies in any network ([same_bits.md](same_bits.md)): both may take less than inference on what it was
+given. What is left of the former when inference is given channels-last images to begin with: *channels-last*, plain
+inference on those, and *vs faster*, our time by that of plain inference in the faster order; the bars are about
+inference on the images as they are. *compiled*: `Explainer.compile` beside the
 model's forward pass under `torch.compile`, in the same turns; compiling is not in the time. *plain PyTorch*: hooks, one
 differentiation a class, weighted sum. torchcam and captum do not resize to the images; two lines of PyTorch do that for
 them. Where all classes or every block would take another library minutes it gets a part of the work, and its figure is

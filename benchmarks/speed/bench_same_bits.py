@@ -15,6 +15,7 @@ from benchmarks.speed.measure import QUICK, Candidate, Effort, compare, in_words
 from benchmarks.speed.networks import Network
 from diffcam_fast.benchmark.explanations import images
 from diffcam_fast.explain.exact_format import NOWHERE, Restoring, exact_format
+from diffcam_fast.explain.habits import SETTLING
 from diffcam_fast.explain.memory_format import FasterFormat
 from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 
@@ -144,7 +145,7 @@ def report(found: list[Row]) -> Report:
     return Report(
         name="same_bits",
         title="The same bits sooner",
-        introduction=INTRODUCTION,
+        introduction=INTRODUCTION.format(settling=SETTLING),
         rows=found,
         tables=[
             Table(

@@ -110,7 +110,7 @@ class Engine:
         self._as_changed = as_changed
         self._poolings = max_poolings(self.model)
         self._faster_format = FasterFormat(self.model)
-        self._habits: HabitBook[Record] = HabitBook(start=self._first_habits)
+        self._habits: HabitBook[Record] = HabitBook(settled=self._settled_habits)
 
     def activations(self, images: Tensor) -> Record:
         """One forward pass, of which nothing is recorded."""
@@ -133,11 +133,11 @@ class Engine:
                 return self._attempt(images, score, CAUTIOUS)[0]
             return self._habits.follow(images, lambda given, habits: self._attempt(given, score, habits))
 
-    def _first_habits(self, images: Tensor) -> Habits:
+    def _settled_habits(self, images: Tensor) -> Habits | None:
         # Another order in memory must not round otherwise than the original does.
         faster = self._faster_format(images)
         restored = None if faster is None else exact_format(self.model, self._layers.values(), images)
-        return CAUTIOUS if restored is None else replace(CAUTIOUS, memory_format=faster, restored=restored)
+        return None if restored is None else replace(CAUTIOUS, memory_format=faster, restored=restored)
 
     def _without_gradients(self, images: Tensor, habits: Habits) -> tuple[Record, Habits]:
         hooks = _Outputs(self._layers, self._reshape, self._as_changed)

@@ -64,7 +64,9 @@ class Explainer:
 
     On a CPU, networks with depthwise separable convolutions are run on channels-last copies of contiguous images, which
     they are faster on; the first such pass is done in both orders, and logits and maps have to agree but for rounding,
-    or the images stay as they are. `memory_format` says otherwise.
+    or the images stay as they are. `memory_format` says otherwise. Max pooling of contiguous images before the
+    explained layer is done on channels-last copies, with the same bits sooner, unless the caller has hooked the pooling
+    layer.
 
     A model compiled by `torch.compile`, or wrapped in DataParallel, is explained by the network inside, run
     eagerly on the images' device; `compile` compiles the explanation.

@@ -7,7 +7,8 @@ all: then the pass is done again with every precaution, from the same state of t
 the explainer takes no more chances with this model.
 
 Where another order in memory promises to be faster, the very first pass is done in both, and the other order is kept to
-if nothing but rounding tells the results apart: a model may depend on an order without saying so.
+if nothing but rounding tells the results apart: a model may depend on an order without saying so. Where not even
+rounding may differ, finding out takes longer, and waits until there were some passes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 Result = TypeVar("Result")
+
+SETTLING = 8
+"""Passes over images of a kind after which it pays to look for better habits: what takes several passes itself must not
+be done for images that do not come again."""
 
 # More shapes than a service sees; each takes some hundred bytes.
 _SIGNATURES = 256
@@ -73,21 +78,23 @@ class HabitBook(Generic[Result]):
         faster_format: the order in memory that a model is faster on; None where that is the images' own. None: images
             stay as they are.
         agree: whether two results of the same images could be one, rounded in two ways; needed with `faster_format`.
-        start: the habits of the first pass over images of a kind, where that is not one with every precaution and in
-            the images' order.
+        settled: the habits of passes over images of a kind of which there were some; asked once, after `SETTLING` of
+            them. None: they stay as they are.
     """
 
     def __init__(
         self,
         faster_format: Callable[[Tensor], torch.memory_format | None] | None = None,
         agree: Callable[[Result, Result], bool] | None = None,
-        start: Callable[[Tensor], Habits] | None = None,
+        settled: Callable[[Tensor], Habits | None] | None = None,
     ) -> None:
         self._known: dict[Hashable, Habits] = {}
         self._cautious = False
         self._faster_format = faster_format
         self._agree = agree
-        self._start = start
+        self._settled = settled
+        # Passes so far, of images whose habits may change yet.
+        self._passes: dict[Hashable, int] = {}
         # Whether the model gives the same in another order; None: not tried.
         self._any_format: bool | None = None
 
@@ -106,10 +113,9 @@ class HabitBook(Generic[Result]):
             result, learned = attempt(images, CAUTIOUS if habits is None else _cautious(habits))
             self._learn(signature, learned)
             return result
-        if habits is None and self._start is not None:
-            start = self._start(images)
-            habits = None if start.memory_format is None else start
         if habits is None:
+            if self._settled is not None:
+                self._passes[signature] = 0
             faster = None if self._faster_format is None else self._faster_format(images)
             if faster is None or self._any_format is False:
                 result, learned = attempt(images, CAUTIOUS)
@@ -118,6 +124,8 @@ class HabitBook(Generic[Result]):
             if self._any_format is None:
                 return self._try_format(images, attempt, signature, faster)
             habits = replace(CAUTIOUS, memory_format=faster)
+        if self._passes:
+            habits = self._settle(signature, images) or habits
         random = _random_state(images.device)
         try:
             result, learned = attempt(_ordered(images, habits), habits)
@@ -133,6 +141,16 @@ class HabitBook(Generic[Result]):
         result, _ = attempt(images, _cautious(habits))
         self._cautious = True
         return result
+
+    def _settle(self, signature: Hashable, images: Tensor) -> Habits | None:
+        passes = self._passes.get(signature)
+        if passes is None or self._settled is None:
+            return None
+        self._passes[signature] = passes + 1
+        if passes + 1 < SETTLING:
+            return None
+        self._passes.pop(signature, None)
+        return self._settled(images)
 
     def _try_format(
         self,
@@ -169,6 +187,7 @@ class HabitBook(Generic[Result]):
     def _learn(self, signature: Hashable, habits: Habits) -> None:
         if len(self._known) >= _SIGNATURES:
             self._known.clear()
+            self._passes.clear()
         self._known[signature] = habits
 
 

@@ -219,8 +219,9 @@ def cases(quick: bool) -> list[Case]:
 def effort_for(case: Case) -> Effort:
     """Where a round takes seconds, few of them have to do: it is too long for an interruption to matter."""
     if case.library == TORCHCAM and case.method not in LIBRARIES[TORCHCAM].batches:
-        # The user's own pass is nearly all there is to either: it takes rounds to tell them apart.
-        return Effort(seconds=12.0, minimum_rounds=15, maximum_rounds=240)
+        # The user's own pass is nearly all there is to either: it takes rounds to tell them apart, most of all where
+        # the machine has two speeds, and changes between them within a row.
+        return Effort(seconds=36.0 if case.batch > 8 else 12.0, minimum_rounds=15, maximum_rounds=240)
     long = case.batch > 1 and case.method in LIBRARIES[case.library].batches
     return Effort(seconds=3.0, minimum_rounds=3 if long else 5, maximum_rounds=60)
 

@@ -117,7 +117,6 @@ def exact_format(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) 
         with _Probing(model, layers) as contiguous:
             expected = run_eagerly(model, images)
         if not torch.equal(torch.get_rng_state(), state):
-            torch.set_rng_state(state)
             return None
         with _Probing(model, layers) as channels_last:
             found = run_eagerly(model, images.contiguous(memory_format=torch.channels_last))
@@ -125,6 +124,9 @@ def exact_format(model: nn.Module, layers: Iterable[nn.Module], images: Tensor) 
         raise
     except Exception:  # whatever it is, the explanation itself will show it or does without
         return None
+    finally:
+        if not torch.equal(torch.get_rng_state(), state):
+            torch.set_rng_state(state)
     if not _are_same((found, channels_last.outputs), (expected, contiguous.outputs)):
         return None
     return Restored(tuple(channels_last.before.values()), tuple(channels_last.after.values()))

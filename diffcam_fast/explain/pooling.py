@@ -44,11 +44,13 @@ class FasterPooling(LayerHooks):
     """
 
     def __init__(self, layers: Iterable[nn.MaxPool2d], *, recorded: bool = False) -> None:
-        super().__init__(layer for layer in layers if not _is_watched(layer))
+        super().__init__(layers)
         self._recorded = recorded
         self._pooled: Tensor | None = None
 
     def _register(self, index: int, module: nn.Module) -> None:
+        if _is_watched(module):
+            return
         self._handles.append(module.register_forward_pre_hook(self._input_hook(index)))
         # Before hooks that take note of what the layer puts out.
         self._handles.append(module.register_forward_hook(self._output_hook(index), prepend=True, with_kwargs=True))
@@ -116,11 +118,11 @@ def _arguments(layer: nn.MaxPool2d) -> tuple[Any, ...]:
     return (*(list(pair) if isinstance(pair, Iterable) else [pair, pair] for pair in pairs), layer.ceil_mode)
 
 
-def _is_watched(layer: nn.MaxPool2d) -> bool:
+def _is_watched(layer: nn.Module) -> bool:
     if layer.return_indices or "forward" in layer.__dict__ or nn.modules.module._has_any_global_hook():
         return True
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith(_OURS) for hook in hooks)
+    return any(str(getattr(hook, "__module__", "")).partition(".")[0] != _OURS for hook in hooks)
 
 
 def _gains(images: Any) -> bool:

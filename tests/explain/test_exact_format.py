@@ -178,6 +178,15 @@ def test_models_that_do_not_work_so(change: Callable[[Tensor], Tensor]) -> None:
 
 
 def test_random_numbers_are_those_of_a_plain_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a pass fails after it has drawn some."""
+
+    def failing(x: Tensor) -> Tensor:
+        torch.rand(3)
+        raise RuntimeError
+
+    model, state = Separable(failing), torch.get_rng_state()
+    assert exact_format(model, [model.layer], _images()) is None
+    assert torch.equal(torch.get_rng_state(), state)
     images, found = _images(), []
     for measured in (True, False):
         monkeypatch.setattr("diffcam_fast.explain.memory_format._is_measured_here", lambda measured=measured: measured)

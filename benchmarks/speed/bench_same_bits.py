@@ -43,10 +43,10 @@ INTRODUCTION = """\
 The forward pass alone, under `inference_mode`, on torchvision's networks with seeded random weights and contiguous
 images of 3 x 224 x 224. *share*: the time of the pass as explanations run it by that of the same model called plainly,
 the median of the quotients of single rounds. *by*: what differs. *pooling*: max pooling of channels-last copies;
-*order*: channels-last images up to where bits would change. The latter is for drop-ins alone: `Explainer` hands such
-networks channels-last images throughout ([memory_format.md](memory_format.md)). Logits were checked to be the same, bit
-for bit, before anything was timed. *found in*: what it takes to find out how far the order changes nothing, once for
-images of a shape, as a multiple of plain inference."""
+*order*: in float32, channels-last images up to where bits would change. The latter is for drop-ins alone: `Explainer`
+hands such networks channels-last images throughout ([memory_format.md](memory_format.md)). Logits were checked to be
+the same, bit for bit, before anything was timed. *found in*: what it takes to find out how far the order changes
+nothing, as a multiple of plain inference; drop-ins do so once for a shape, when it has come {settling} times."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def measure(case: Case, model: nn.Module, side: int, effort: Effort) -> Row:
         **timings["plain"].milliseconds("plain_"),
         **timings["ours"].milliseconds(),
     }
-    return row if faster is None else row | {"finding": finding / timings["plain"].median}
+    return row if found is None else row | {"finding": finding / timings["plain"].median}
 
 
 def rows(chosen: list[Case], side: int, effort: Effort) -> Iterator[Row]:

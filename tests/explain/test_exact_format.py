@@ -150,6 +150,14 @@ def test_means_over_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.orders["narrow"] == [False, True]
 
 
+def test_coarser_rounding_tells_nothing() -> None:
+    model = Separable()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert exact_format(model, [model.layer], _images()) is None
+    assert exact_format(model.bfloat16(), [model.layer], _images().bfloat16()) is None
+    assert model.orders["images"] == []
+
+
 def test_zeros_tell_as_much() -> None:
     model = Separable()
     assert exact_format(model, [model.layer], torch.zeros(2, 3, 56, 56)) == exact_format(

@@ -234,6 +234,13 @@ def test_what_a_layer_puts_out_counts(factor: float, found: bool) -> None:
     assert (exact_format(model, [model.layer], _images()) is not None) == found
 
 
+def test_strides_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller gets of a layer is laid out as ever."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(2))
+    monkeypatch.setattr(room, "_rounds_otherwise", lambda module, images: False)
+    assert exact_format(model, [model[1]], _images()) is None
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_of_drop_ins(method: type, monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = Separable(), _images(3)

@@ -19,6 +19,7 @@ from diffcam_fast.compat.pytorch_grad_cam import EigenCAM, GradCAM
 from diffcam_fast.compat.torchcam.methods import CAM
 from diffcam_fast.compat.torchcam.methods import GradCAM as TorchcamGradCAM
 from diffcam_fast.explain import Explainer, pooling
+from diffcam_fast.explain.capture import Capture
 from diffcam_fast.explain.pooling import FasterPooling, max_poolings
 from tests.explain.test_side_effects import _unchanged
 
@@ -260,6 +261,12 @@ class TestWhere:
             found = layer(layer(images))
         assert noted == [images.shape] * 2
         assert torch.equal(found, layer(layer(images)))
+
+    def test_hooks_of_ours_that_are_there_already_see_what_was_pooled(self) -> None:
+        layer, images = nn.MaxPool2d(2), _images(1, 16, 64, 64)
+        with torch.no_grad(), Capture({"layer": layer}) as capture, FasterPooling([layer]):
+            layer(images)
+        assert torch.equal(capture.outputs()["layer"].output, layer(images))
 
     def test_errors_are_pytorchs(self) -> None:
         layer, images = nn.MaxPool2d(80), _images(1, 16, 64, 64)

@@ -114,8 +114,6 @@ class HabitBook(Generic[Result]):
             self._learn(signature, learned)
             return result
         if habits is None:
-            if self._settled is not None:
-                self._passes[signature] = 0
             faster = None if self._faster_format is None else self._faster_format(images)
             if faster is None or self._any_format is False:
                 result, learned = attempt(images, CAUTIOUS)
@@ -188,6 +186,8 @@ class HabitBook(Generic[Result]):
         if len(self._known) >= _SIGNATURES:
             self._known.clear()
             self._passes.clear()
+        if self._settled is not None and signature not in self._known:
+            self._passes[signature] = 0
         self._known[signature] = habits
 
 

@@ -294,6 +294,25 @@ def test_targets_are_asked_once() -> None:
     assert len(calls) == PASSES
 
 
+def test_the_last_of_many_shapes_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffcam_fast.explain.habits._SIGNATURES", 2)
+    model = Separable()
+    cam = GradCAM(model, [model.layer])
+    for side in (40, 48, 56):
+        for _ in range(PASSES if side == 56 else 1):
+            cam(_images(1, side))
+    assert model.orders["images"][-1]
+
+
+def test_images_that_fail_are_not_kept_count_of() -> None:
+    model = Separable()
+    cam = GradCAM(model, [model.layer])
+    for side in range(40, 50):
+        with pytest.raises(RuntimeError, match="channels"):
+            cam(torch.zeros(1, 4, side, side))
+    assert not cam._engine._habits._passes
+
+
 def test_other_numbers_of_threads_are_asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr("diffcam_fast.compat.engine.exact_format", lambda *given: asked.append(torch.get_num_threads()))
